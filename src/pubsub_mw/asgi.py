@@ -1,0 +1,267 @@
+"""Make one ASGI app out of a web application and the realtime endpoint.
+
+In:     a WSGI or ASGI app
+Out:    an ASGI app: `/realtime` to `Realtime`, the rest to the app
+Owns:   the bridge from ASGI to WSGI, and `scope["pubsub.publish"]` for ASGI apps
+Never:  runs a WSGI request on the event loop; holds a thread for a client that is gone
+
+`app` is `Realtime` alone, at `/realtime`, configured from the environment: `uvicorn pubsub_mw.asgi:app`.
+"""
+
+import asyncio
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, cast
+
+from asgiref.sync import ThreadSensitiveContext
+from asgiref.wsgi import WsgiToAsgiInstance
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pubsub_mw.errors import PublishError
+from pubsub_mw.middleware import PubSub
+from pubsub_mw.model import Draft, Position
+from pubsub_mw.publisher import AsyncPublisher, build_draft
+from pubsub_mw.realtime.app import Realtime
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+__all__ = ["AsyncRequestPublisher", "app", "is_asgi", "with_realtime"]  # noqa: F822 - app: see __getattr__
+
+log = logging.getLogger("pubsub_mw")
+
+MOUNT = "/realtime"
+_THREADS = 40
+"""WSGI requests run at once, each in a thread of its own; further ones wait. anyio's default for threads."""
+
+
+def with_realtime(app: "ASGIApp | WSGIApplication", *, url: str | None = None, **settings: Any) -> ASGIApp:
+    """Return one ASGI app: `/realtime` is the realtime endpoint, everything else is `app`.
+
+    A WSGI app finds `environ["pubsub.publish"]`, an ASGI app `scope["pubsub.publish"]`, whose methods are coroutines
+    except `on_success`.
+
+    Args:
+        app: a WSGI or ASGI app, told apart by its signature
+        url: the broker; None = `PUBSUB_URL`, else `memory://`
+        settings: any field of `Settings`
+
+    Raises:
+        SettingsError: a setting is wrong.
+        TypeError: `app` is neither.
+    """
+    realtime = Realtime(url, **settings)
+    if not callable(app):
+        raise TypeError(f"{app!r:.100} is neither a WSGI nor an ASGI app: it cannot be called")
+    if is_asgi(app):
+        return _WithRealtime(realtime, _AsyncPubSub(cast(ASGIApp, app), url, **settings), has_lifespan=True)
+    wsgi_app = cast("WSGIApplication", app)
+    if not isinstance(app, PubSub):
+        wsgi_app = PubSub(wsgi_app, url, **settings)
+    return _WithRealtime(realtime, _WsgiApp(wsgi_app), has_lifespan=False)
+
+
+def is_asgi(app: object) -> bool:
+    """Whether `app` is an ASGI app: a coroutine function, an object that is one when called, or of three arguments."""
+    while isinstance(app, functools.partial):
+        app = app.func
+    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
+        return True
+    try:
+        inspect.signature(cast(Callable[..., object], app)).bind(None, None, None)
+    except (TypeError, ValueError):
+        return False
+    try:
+        inspect.signature(cast(Callable[..., object], app)).bind(None, None)
+    except TypeError:
+        return True
+    return False
+
+
+def __getattr__(name: str) -> Any:
+    """Build `app` when it is first asked for, so that importing this module reads no environment."""
+    if name == "app":
+        globals()["app"] = _WithRealtime(Realtime(), _not_here, has_lifespan=False)
+        return globals()["app"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+async def _not_here(scope: Scope, receive: Receive, send: Send) -> None:
+    text = f"The realtime endpoint is at {MOUNT}; nothing else is served here.\n"
+    await PlainTextResponse(text, 404)(scope, receive, send)
+
+
+class _WithRealtime:
+    """The two apps side by side."""
+
+    def __init__(self, realtime: Realtime, app: ASGIApp, *, has_lifespan: bool) -> None:
+        self.realtime = realtime
+        self._app = app
+        self._has_lifespan = has_lifespan
+        self._router = Router(routes=[Mount(MOUNT, realtime)], default=app, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+            return
+        if scope["path"] == scope.get("root_path", "") + MOUNT:
+            scope = {**scope, "path": scope["path"] + "/"}
+        await self._router(scope, receive, send)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start and stop the realtime endpoint beside an app's own lifespan."""
+        if not self._has_lifespan:
+            await self.realtime(scope, receive, send)
+            return
+
+        async def receive_both() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self.realtime.stop()
+            return message
+
+        await self._app(scope, receive_both, send)
+
+
+class _WsgiApp:
+    """A WSGI app as an ASGI app, each request in a thread of its own, at most `_THREADS` at once."""
+
+    def __init__(self, app: "WSGIApplication") -> None:
+        self._app = app
+        self._slots = asyncio.Semaphore(_THREADS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await _WsgiRequest(self._app, self._slots, receive)(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000, "reason": f"WebSockets are at {MOUNT}"})
+
+
+class _WsgiRequest(WsgiToAsgiInstance):
+    """asgiref's bridge, with what it lacks: `close()`, a thread per request, an end when the client is gone."""
+
+    def __init__(self, app: "WSGIApplication", slots: asyncio.Semaphore, receive: Receive) -> None:
+        super().__init__(self._run_app)  # type: ignore[no-untyped-call]
+        self._wrapped = app
+        self._slots = slots
+        self._receive = receive
+        self._is_gone = threading.Event()
+
+    async def run_wsgi_app(self, body: Any) -> None:
+        async with self._slots, ThreadSensitiveContext():
+            watcher = asyncio.create_task(self._watch())
+            try:
+                await super().run_wsgi_app(body)
+            finally:
+                watcher.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._is_gone.set()
+
+    def _run_app(self, environ: "WSGIEnvironment", start_response: Any) -> Iterator[bytes]:
+        response = self._wrapped(environ, start_response)
+        try:
+            for chunk in response:
+                if self._is_gone.is_set():
+                    return
+                yield chunk
+        finally:
+            close = getattr(response, "close", None)
+            if close is not None:
+                close()
+
+    def build_environ(self, scope: Scope, body: Any) -> "WSGIEnvironment":
+        # A name with an underscore would pass for one with a dash (CVE-2026-3902), and several cookie headers
+        # (RFC 9113 8.2.3) are joined by a semicolon, not by a comma.
+        headers = [(name, value) for name, value in scope["headers"] if b"_" not in name and name != b"cookie"]
+        cookies = [value for name, value in scope["headers"] if name == b"cookie"]
+        if cookies:
+            headers.append((b"cookie", b"; ".join(cookies)))
+        self.scope = {**scope, "headers": headers}
+        return cast("WSGIEnvironment", super().build_environ(self.scope, body))  # type: ignore[no-untyped-call]
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        super().start_response(status, [], exc_info)  # type: ignore[no-untyped-call]
+        for name, value in headers:
+            if name.lower() == "content-length":
+                self.response_content_length = int(value)
+        # PEP 3333 allows what latin-1 can say; asgiref only ASCII.
+        self.response_start["headers"] = [
+            (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers
+        ]
+        return self._write
+
+    def _write(self, data: bytes) -> None:
+        """PEP 3333's `write`, for the few apps that still use it."""
+        if not self.response_started:
+            self.response_started = True
+            self.sync_send(self.response_start)
+        self.sync_send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class _AsyncPubSub:
+    """Put an async publisher into the scope of an ASGI app."""
+
+    def __init__(self, app: ASGIApp, url: str | None, **settings: Any) -> None:
+        self._app = app
+        self._publisher = AsyncPublisher(url, **settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        publish = AsyncRequestPublisher(self._publisher)
+        scope = {**scope, "pubsub.publish": publish, "pubsub.publisher": self._publisher, "pubsub.connection": None}
+
+        async def note_status(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                await publish.finish(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, note_status)
+
+
+class AsyncRequestPublisher:
+    """`scope["pubsub.publish"]` of one request: await a call to publish now."""
+
+    __slots__ = ("_publisher", "_status", "_waiting")
+
+    def __init__(self, publisher: AsyncPublisher) -> None:
+        self._publisher = publisher
+        self._waiting: list[Draft] = []
+        self._status: int | None = None
+
+    async def __call__(self, channel: str, data: object, **options: Any) -> Position:
+        """Publish now; see `Publisher.publish`."""
+        return await self._publisher.publish(channel, data, **options)
+
+    async def many(self, items: Iterable[tuple[str, object] | Mapping[str, Any]]) -> list[Position]:
+        """Publish several now, in one round trip; see `Publisher.many`."""
+        return await self._publisher.many(items)
+
+    def on_success(self, channel: str, data: object, **options: Any) -> None:
+        """Publish when the app starts a response below 500; forget it if it raises before, or answers 5xx.
+
+        Raises:
+            RuntimeError: the response has started: await a call instead.
+        """
+        if self._status is not None:
+            raise RuntimeError("the response has started; publish at once, by `await publish(channel, data)`")
+        self._waiting.append(build_draft(self._publisher.settings, channel, data, **options))
+
+    async def finish(self, status: int) -> None:
+        """Publish what waits if `status` is below 500. Never raises."""
+        self._status = status
+        drafts, self._waiting = self._waiting, []
+        if drafts and status < 500:
+            try:
+                await self._publisher.publish_drafts(drafts)
+            except PublishError as error:
+                log.error("on_success: %s", error)

@@ -1,0 +1,53 @@
+"""Choose the engine that a url names.
+
+In:     settings
+Out:    a broker for threads, or one for an event loop
+Owns:   the schemes
+Never:  imports Redis for a process that uses memory
+"""
+
+from pubsub_mw.broker.interface import AsyncBroker, Broker
+from pubsub_mw.broker.memory import AsyncMemoryBroker, memory_broker
+from pubsub_mw.errors import SettingsError
+from pubsub_mw.settings import Settings
+
+__all__ = ["open_async_broker", "open_broker"]
+
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+def open_broker(settings: Settings) -> Broker:
+    """Return a broker for synchronous code.
+
+    Raises:
+        SettingsError: the url names no engine.
+    """
+    if _scheme(settings) == "memory":
+        return memory_broker(settings)
+    from pubsub_mw.broker.redis.publisher import RedisBroker
+
+    return RedisBroker(settings)
+
+
+def open_async_broker(settings: Settings) -> AsyncBroker:
+    """Return a broker for the running event loop.
+
+    Raises:
+        SettingsError: the url names no engine.
+    """
+    if _scheme(settings) == "memory":
+        return AsyncMemoryBroker(memory_broker(settings))
+    from pubsub_mw.broker.redis.reader import AsyncRedisBroker
+
+    return AsyncRedisBroker(settings)
+
+
+def _scheme(settings: Settings) -> str:
+    scheme = settings.url.partition("://")[0]
+    if scheme == "memory" or scheme in _REDIS_SCHEMES:
+        return scheme
+    if scheme.startswith("redis+"):
+        raise SettingsError(f"{scheme}:// is not there yet; use redis:// to one server")
+    raise SettingsError(
+        f"url {settings.safe_url!r} names no broker; use memory://, redis://host:6379/0, rediss:// or unix://"
+    )

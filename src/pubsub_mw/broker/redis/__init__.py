@@ -1,0 +1,5 @@
+"""The broker as a Redis server, 6.2 or newer.
+
+`keyspace` names every key, `scripts` holds what runs inside Redis (`*.lua`), `publisher` is the synchronous door,
+`reader` the asynchronous one, `subscriber` keeps the one pub/sub link of a process.
+"""

@@ -1,0 +1,47 @@
+"""Name every key in Redis.
+
+In:     the prefix, a channel
+Out:    keys; the scripts name their KEYS in the same order
+Owns:   the rule that all keys of a channel hold `{<channel>}`, so that a cluster keeps them in one slot
+Never:  puts a name into a key that `model.check_channel` has not let through: no brace, no blank, no glob
+"""
+
+from pubsub_mw.model import Channel
+
+__all__ = ["Keyspace"]
+
+
+class Keyspace:
+    """The keys under one prefix."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.secret = f"{prefix}:secret"
+        self._live_prefix = f"{prefix}:{{".encode()
+        self._live_suffix = b"}:p"
+
+    def position(self, channel: Channel) -> str:
+        """Hash: e (epoch), o (offset), t (tag)."""
+        return f"{self.prefix}:{{{channel}}}:m"
+
+    def history(self, channel: Channel) -> str:
+        """Stream: entry `<offset>-0`, field p (payload)."""
+        return f"{self.prefix}:{{{channel}}}:s"
+
+    def live(self, channel: Channel) -> str:
+        """Pub/sub channel; carries payloads."""
+        return f"{self.prefix}:{{{channel}}}:p"
+
+    def idempotency(self, channel: Channel, key: str) -> str:
+        """String: the position of the publication that was made with `key`."""
+        return f"{self.prefix}:{{{channel}}}:i:{key}"
+
+    def probe(self, server: str) -> str:
+        """Pub/sub channel on which one realtime server hears itself."""
+        return f"{self.prefix}:probe:{server}"
+
+    def channel_of(self, live: bytes) -> str | None:
+        """Return the channel of a pub/sub channel's name, or None if `live` did not make it."""
+        if live.startswith(self._live_prefix) and live.endswith(self._live_suffix):
+            return live[len(self._live_prefix) : -len(self._live_suffix)].decode("ascii", "replace")
+        return None

@@ -1,0 +1,144 @@
+"""Publish to Redis from synchronous code.
+
+In:     drafts, from any thread of any process that was forked from this one
+Out:    positions, or `BrokerUnavailable` within `publish_timeout`
+Owns:   a stack of idle connections, one in use per publishing thread
+Never:  retries more than once, and then only in a way that cannot publish twice; starts a thread
+
+redis-py's pools bound each step (wait, connect, write, read) but not their sum, so connections are kept here: one
+deadline holds over all steps.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection, parse_url
+from redis.retry import Retry
+
+from pubsub_mw.broker.redis.scripts import Call, Scripts
+from pubsub_mw.errors import BrokerUnavailable
+from pubsub_mw.model import Channel, Draft, Position
+from pubsub_mw.settings import Settings
+
+__all__ = ["RedisBroker"]
+
+_MAX_IDLE = 64
+"""Connections kept for later; more are in use when more threads publish at once."""
+
+
+class RedisBroker:
+    """`Broker` on one Redis server."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._scripts = Scripts(settings)
+        self._options: dict[str, Any] = dict(parse_url(settings.url))  # type: ignore[no-untyped-call]
+        self._options |= {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
+        self._connection_class = self._options.pop("connection_class", Connection)
+        self._idle: list[Any] = []
+        self._pid = os.getpid()
+
+    def publish(self, drafts: Sequence[Draft]) -> list[Position]:
+        """Publish all of `drafts` in one round trip, in order.
+
+        Raises:
+            BrokerUnavailable: see `Broker`.
+        """
+        replies = self._run(lambda is_retry: [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts])
+        return [Scripts.position_from(reply) for reply in replies]
+
+    def position(self, channel: Channel) -> Position:
+        """Return the channel's newest position."""
+        (reply,) = self._run(lambda _: [self._scripts.read(channel, None, 1)])
+        return Scripts.page_from(reply, None).top
+
+    def secret(self) -> str:
+        """Return the secret kept under `<prefix>:secret`, made if there is none."""
+        key = self._scripts.keyspace.secret
+        _, secret = self._run(lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)])
+        return str(secret.decode())
+
+    def close(self) -> None:
+        """Close the idle connections; the broker stays usable."""
+        while self._idle:
+            self._idle.pop().disconnect()
+
+    def _run(self, build: Callable[[bool], Sequence[Call | tuple[Any, ...]]]) -> list[Any]:
+        """Send what `build` makes and return the replies; once more if the link broke, told so by True."""
+        deadline = time.monotonic() + self._settings.publish_timeout
+        try:
+            try:
+                return self._round_trip(build(False), deadline)
+            except redis.ConnectionError:
+                # A broken link says nothing about whether the commands had arrived.
+                return self._round_trip(build(True), deadline)
+        except redis.RedisError as error:
+            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {error}") from error
+        except OSError as error:
+            raise BrokerUnavailable(f"Redis at {self._settings.safe_url} cannot be reached: {error}") from error
+
+    def _round_trip(self, calls: Sequence[Call | tuple[Any, ...]], deadline: float) -> list[Any]:
+        connection = self._take(deadline)
+        try:
+            commands = [call.by_digest() if isinstance(call, Call) else call for call in calls]
+            replies = self._exchange(connection, commands, deadline)
+            unknown = [
+                index for index, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)
+            ]
+            if unknown:
+                sources = [call.by_source() for call in (calls[index] for index in unknown) if isinstance(call, Call)]
+                for index, reply in zip(unknown, self._exchange(connection, sources, deadline), strict=True):
+                    replies[index] = reply
+        except BaseException:
+            connection.disconnect()
+            raise
+        if len(self._idle) < _MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.disconnect()
+        for reply in replies:
+            if isinstance(reply, redis.RedisError):
+                raise reply
+        return replies
+
+    @staticmethod
+    def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]], deadline: float) -> list[Any]:
+        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        replies: list[Any] = []
+        for _ in commands:
+            try:
+                replies.append(connection.read_response(timeout=_left(deadline)))
+            except redis.ResponseError as error:
+                replies.append(error)
+        return replies
+
+    def _take(self, deadline: float) -> Any:
+        """Return a connected connection that nobody else uses."""
+        if self._pid != os.getpid():
+            # Forked: the sockets are the parent's. Dropped here, never used and never shut down.
+            self._idle, self._pid = [], os.getpid()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connection_class(**self._options)
+        connection.socket_timeout = connection.socket_connect_timeout = _left(deadline)
+        try:
+            connection.connect()
+            if connection.can_read(0):
+                raise redis.ConnectionError("a stray reply")
+        except (redis.ConnectionError, OSError):
+            connection.disconnect()
+            connection.connect()
+        return connection
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise redis.TimeoutError("no answer within publish_timeout")
+    return left

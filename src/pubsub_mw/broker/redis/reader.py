@@ -1,0 +1,138 @@
+"""Read history from Redis, and publish to it, from an event loop.
+
+In:     channels and offsets; drafts
+Out:    pages of history, positions; or `BrokerUnavailable` within `broker_timeout` / `publish_timeout`
+Owns:   a stack of idle connections, each with one exchange under way at most
+Never:  gives a connection back whose exchange was cut short, by a timeout or a cancellation: another caller would
+        read the replies that were left (redis-py CVE-2023-28858)
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis
+from redis.asyncio.connection import Connection
+
+from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.redis.scripts import Call, Scripts
+from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
+from pubsub_mw.errors import BrokerUnavailable
+from pubsub_mw.model import Channel, Draft, HistoryPage, Position
+from pubsub_mw.settings import Settings
+
+__all__ = ["AsyncRedisBroker"]
+
+_MAX_CONNECTIONS = 32
+"""Exchanges under way at once; further ones wait, within their own time."""
+
+
+class AsyncRedisBroker:
+    """`AsyncBroker` on one Redis server, for one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._scripts = Scripts(settings)
+        self._idle: list[Connection] = []
+        self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
+
+    async def publish(self, drafts: Sequence[Draft]) -> list[Position]:
+        """Publish all of `drafts` in one round trip, in order; see `Broker.publish`."""
+        replies = await self._run(
+            lambda is_retry: [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts],
+            self._settings.publish_timeout,
+        )
+        for reply in replies:
+            if isinstance(reply, redis.RedisError):
+                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+        return [Scripts.position_from(reply) for reply in replies]
+
+    async def read(
+        self, wanted: Sequence[tuple[Channel, int | None]], *, page_bytes: int
+    ) -> list[HistoryPage | Exception]:
+        """Read several channels in one round trip; see `AsyncBroker.read`."""
+        replies = await self._run(
+            lambda _: [self._scripts.read(channel, since, page_bytes) for channel, since in wanted],
+            self._settings.broker_timeout,
+        )
+        return [self._page(reply, since) for reply, (_, since) in zip(replies, wanted, strict=True)]
+
+    def _page(self, reply: Any, since: int | None) -> HistoryPage | Exception:
+        if isinstance(reply, redis.RedisError):
+            return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}")
+        try:
+            return Scripts.page_from(reply, since)
+        except ValueError as error:
+            return error
+
+    async def secret(self) -> str:
+        """Return the secret kept under `<prefix>:secret`, made if there is none."""
+        key = self._scripts.keyspace.secret
+        _, secret = await self._run(
+            lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)], self._settings.broker_timeout
+        )
+        if not isinstance(secret, bytes):
+            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {secret}")
+        return secret.decode()
+
+    async def command(self, *arguments: str | bytes) -> Any:
+        """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""
+        (reply,) = await self._run(lambda _: [arguments], self._settings.broker_timeout)
+        if isinstance(reply, redis.RedisError):
+            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+        return reply
+
+    def subscriber(self, listener: Listener) -> RedisSubscriber:
+        """Make the process's pub/sub link; the caller runs it."""
+        return RedisSubscriber(self._settings, listener, self.command)
+
+    async def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            await self._idle.pop().disconnect(nowait=True)
+
+    async def _run(self, build: Callable[[bool], Sequence[Call | tuple[Any, ...]]], seconds: float) -> list[Any]:
+        try:
+            async with asyncio.timeout(seconds), self._slots:
+                try:
+                    return await self._round_trip(build(False))
+                except redis.ConnectionError:
+                    # A broken link says nothing about whether the commands had arrived.
+                    return await self._round_trip(build(True))
+        except (redis.RedisError, OSError) as error:  # asyncio's TimeoutError is an OSError
+            reason = str(error) or f"no answer within {seconds:g} s"
+            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reason}") from error
+
+    async def _round_trip(self, calls: Sequence[Call | tuple[Any, ...]]) -> list[Any]:
+        connection = self._idle.pop() if self._idle else new_connection(self._settings)
+        try:
+            if connection.is_connected and await connection.can_read():
+                await connection.disconnect(nowait=True)
+            if not connection.is_connected:
+                await connection.connect()  # type: ignore[no-untyped-call]
+            commands = [call.by_digest() if isinstance(call, Call) else call for call in calls]
+            replies = await self._exchange(connection, commands)
+            unknown = [
+                index for index, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)
+            ]
+            if unknown:
+                sources = [call.by_source() for call in (calls[index] for index in unknown) if isinstance(call, Call)]
+                for index, reply in zip(unknown, await self._exchange(connection, sources), strict=True):
+                    replies[index] = reply
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self._idle.append(connection)
+        return replies
+
+    @staticmethod
+    async def _exchange(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        await connection.send_packed_command(b"".join(connection.pack_commands(commands)), check_health=False)
+        replies: list[Any] = []
+        for _ in commands:
+            try:
+                replies.append(await connection.read_response())
+            except redis.ResponseError as error:
+                replies.append(error)
+        return replies

@@ -1,0 +1,115 @@
+"""Turn drafts and reads into script calls, and their replies into values.
+
+In:     drafts; channels and offsets
+Out:    Redis commands as tuples of arguments; positions and pages from replies
+Owns:   the scripts' argument order, and their digests
+Never:  does I/O: the synchronous and the asynchronous door both send what is built here
+"""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from pubsub_mw.broker.codec import decode
+from pubsub_mw.broker.redis.keyspace import Keyspace
+from pubsub_mw.model import Channel, Draft, HistoryPage, Position
+from pubsub_mw.protocol import message_tail
+from pubsub_mw.settings import Settings
+
+__all__ = ["Call", "Scripts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One script call: its keys and arguments, and the script itself for a server that does not know it yet."""
+
+    script: bytes
+    digest: str
+    keys: tuple[str, ...]
+    arguments: tuple[str | bytes, ...]
+
+    def by_digest(self) -> tuple[Any, ...]:
+        return ("EVALSHA", self.digest, len(self.keys), *self.keys, *self.arguments)
+
+    def by_source(self) -> tuple[Any, ...]:
+        return ("EVAL", self.script, len(self.keys), *self.keys, *self.arguments)
+
+
+def _load(name: str) -> tuple[bytes, str]:
+    source = files("pubsub_mw.broker.redis").joinpath(name).read_bytes()
+    return source, hashlib.sha1(source, usedforsecurity=False).hexdigest()
+
+
+_PUBLISH = _load("publish.lua")
+_READ = _load("read.lua")
+
+
+class Scripts:
+    """The calls for one keyspace under one set of settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keyspace = Keyspace(settings.prefix)
+        self._history_ttl = _milliseconds(settings.history_ttl)
+        self._position_ttl = _milliseconds(settings.position_ttl)
+        # A channel that nobody published to: as long as history would live, and longer than two position checks.
+        self._untouched_ttl = _milliseconds(max(settings.history_ttl, 2 * settings.check_interval))
+        self._idempotency_ttl = _milliseconds(settings.idempotency_ttl)
+
+    def publish(self, draft: Draft, *, is_retry: bool) -> Call:
+        keyspace, channel = self.keyspace, draft.channel
+        keys: tuple[str, ...] = (keyspace.position(channel), keyspace.history(channel), keyspace.live(channel))
+        if draft.idempotency_key:
+            keys += (keyspace.idempotency(channel, draft.idempotency_key),)
+        return Call(
+            *_PUBLISH,
+            keys,
+            (
+                _fresh_epoch(),
+                draft.tag,
+                draft.head,
+                message_tail,
+                draft.exclude,
+                str(draft.history_size),
+                "1" if draft.is_kept else "0",
+                self._history_ttl,
+                self._position_ttl,
+                self._idempotency_ttl,
+                "1" if is_retry else "0",
+            ),
+        )
+
+    def read(self, channel: Channel, since: int | None, page_bytes: int) -> Call:
+        return Call(
+            *_READ,
+            (self.keyspace.position(channel), self.keyspace.history(channel)),
+            (
+                _fresh_epoch(),
+                "" if since is None else str(since),
+                str(page_bytes),
+                self._untouched_ttl,
+                self._position_ttl,
+            ),
+        )
+
+    @staticmethod
+    def position_from(reply: bytes) -> Position:
+        return Position.parse(reply.decode())
+
+    @staticmethod
+    def page_from(reply: list[bytes], since: int | None) -> HistoryPage:
+        epoch, offset, tag, *payloads = reply
+        top = Position(epoch.decode(), int(offset), tag.decode())
+        publications = tuple(decode(payload) for payload in payloads)
+        # Where nothing is left of history the page is complete too: there is no more to come.
+        end = publications[-1].position.offset if publications else top.offset
+        return HistoryPage(top=top, publications=publications, is_complete=since is None or end >= top.offset)
+
+
+def _fresh_epoch() -> str:
+    return secrets.token_hex(4)
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(max(1, round(seconds * 1_000)))

@@ -1,0 +1,204 @@
+"""Sign and check who somebody is and what they may do.
+
+In:     a key, claims or a token, and the time as an argument (seconds since 1970)
+Out:    tokens; `Grant` and `Resume` values, or an exception
+Owns:   the claims. Grant: `sub` (text, the user; absent = nobody), `exp` (number, required), `iat`
+        (number), `channels` and `publish` (lists of patterns), `info` (any JSON)
+Never:  reads a clock; fetches a key; lets the token choose the algorithm. A resume token is signed with
+        a key of its own, so neither passes for the other
+
+Source: RFC 7519 (JWT), RFC 8725 (its best current practices).
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from pubsub_mw.errors import ChannelError, GrantError, GrantExpired, SettingsError
+from pubsub_mw.model import ConnectionId, Grant, Position, channel_of_user
+
+__all__ = ["GrantVerifier", "Resume", "sign_grant", "sign_resume", "verify_resume"]
+
+_UNTIMED = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False, "verify_sub": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """What a resume token restores.
+
+    Attributes:
+        connection: the id
+        grant: what the connection was allowed when the token was made, or None; its own expiry holds
+        user_position: where the user's channel stood then, or None
+        issued_at: seconds since 1970
+    """
+
+    connection: ConnectionId
+    grant: Grant | None
+    user_position: Position | None
+    issued_at: float
+
+
+def sign_grant(
+    secret: str,
+    *,
+    now: float,
+    expires: float,
+    user: str | None = None,
+    channels: tuple[str, ...] = (),
+    publish: tuple[str, ...] = (),
+    info: object = None,
+) -> str:
+    """Sign a grant that is good for `expires` seconds from `now`.
+
+    Raises:
+        ChannelError: `user` cannot be part of a channel name.
+    """
+    claims: dict[str, Any] = {"iat": now, "exp": now + expires, "channels": list(channels), "publish": list(publish)}
+    if user is not None:
+        channel_of_user(user)
+        claims["sub"] = user
+    if info is not None:
+        claims["info"] = info
+    return jwt.encode(claims, secret, algorithm="HS256")
+
+
+class GrantVerifier:
+    """Check grants against one fixed key.
+
+    Args:
+        secret: verifies HS256
+        public_key: PEM text; verifies RS256, ES256 or EdDSA, by the kind of key, instead of `secret`
+
+    Raises:
+        SettingsError: `public_key` is not a usable public key.
+    """
+
+    def __init__(self, secret: str, public_key: str | None = None) -> None:
+        self._key: Any = secret
+        self._algorithms = ["HS256"]
+        if public_key is not None:
+            self._key, self._algorithms = _load_public_key(public_key)
+
+    def verify(self, token: str, *, now: float) -> Grant:
+        """Return what `token` allows.
+
+        Raises:
+            GrantExpired: it was valid until before `now`.
+            GrantError: it never was.
+        """
+        try:
+            claims = jwt.decode(
+                token,
+                self._key,
+                algorithms=self._algorithms,
+                options={**_UNTIMED, "require": ["exp"]},  # type: ignore[arg-type]
+            )
+        except jwt.InvalidTokenError as error:
+            raise GrantError(f"the grant is not valid: {error}") from error
+        grant = _grant_from(claims)
+        not_before = claims.get("nbf", now)
+        if not _is_time(not_before) or not_before > now:
+            raise GrantError("the grant is not valid yet (nbf)")
+        if grant.expires_at <= now:
+            raise GrantExpired(
+                f"the grant expired {now - grant.expires_at:.0f} s ago; ask the application for a new one"
+            )
+        return grant
+
+
+def sign_resume(secret: str, resume: Resume, *, expires: float) -> str:
+    """Sign a resume token that is good for `expires` seconds from its `issued_at`."""
+    claims: dict[str, Any] = {"cid": resume.connection, "iat": resume.issued_at, "exp": resume.issued_at + expires}
+    if resume.user_position is not None:
+        claims["at"] = str(resume.user_position)
+    if resume.grant is not None:
+        grant = resume.grant
+        claims["grant"] = {
+            "sub": grant.user,
+            "channels": grant.channels,
+            "publish": grant.publish,
+            "info": grant.info,
+            "iat": grant.issued_at,
+            "exp": grant.expires_at,
+        }
+    return jwt.encode(claims, _resume_key(secret), algorithm="HS256")
+
+
+def verify_resume(secret: str, token: str, *, now: float) -> Resume:
+    """Return what `token` restores. The grant inside may have expired: the caller looks.
+
+    Raises:
+        GrantExpired: the token itself is too old.
+        GrantError: it is not one of ours.
+    """
+    try:
+        claims = jwt.decode(token, _resume_key(secret), algorithms=["HS256"], options=_UNTIMED)  # type: ignore[arg-type]
+    except jwt.InvalidTokenError as error:
+        raise GrantError(f"the resume token is not valid: {error}") from error
+    if claims["exp"] <= now:
+        raise GrantExpired("the resume token is too old")
+    return Resume(
+        connection=ConnectionId(claims["cid"]),
+        grant=_grant_from(claims["grant"]) if "grant" in claims else None,
+        user_position=Position.parse(claims["at"]) if "at" in claims else None,
+        issued_at=claims["iat"],
+    )
+
+
+def _resume_key(secret: str) -> str:
+    return hmac.new(secret.encode(), b"pubsub-mw resume token", hashlib.sha256).hexdigest()
+
+
+def _grant_from(claims: Mapping[str, Any]) -> Grant:
+    user = claims.get("sub")
+    issued_at = claims.get("iat", 0.0)
+    if user is not None:
+        if not isinstance(user, str):
+            raise GrantError("the grant's sub must be a text")
+        try:
+            channel_of_user(user)
+        except ChannelError as error:
+            raise GrantError("the grant's sub holds a character that a channel name cannot") from error
+    if not _is_time(claims["exp"]) or not _is_time(issued_at):
+        raise GrantError("the grant's exp and iat must be numbers")
+    return Grant(
+        user=user,
+        channels=_patterns(claims, "channels"),
+        publish=_patterns(claims, "publish"),
+        info=claims.get("info"),
+        issued_at=float(issued_at),
+        expires_at=float(claims["exp"]),
+    )
+
+
+def _patterns(claims: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    patterns = claims.get(name, ())
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise GrantError(f"the grant's {name} must be a list of patterns")
+    return tuple(patterns)
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def _load_public_key(text: str) -> tuple[Any, list[str]]:
+    try:
+        key = load_pem_public_key(text.encode())
+    except ValueError as error:
+        raise SettingsError("grant_public_key is not the PEM text of a public key") from error
+    for kind, algorithm in (
+        (rsa.RSAPublicKey, "RS256"),
+        (ec.EllipticCurvePublicKey, "ES256"),
+        (ed25519.Ed25519PublicKey, "EdDSA"),
+    ):
+        if isinstance(key, kind):
+            return key, [algorithm]
+    raise SettingsError("grant_public_key must be an RSA, EC P-256 or Ed25519 key")

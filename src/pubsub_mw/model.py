@@ -1,0 +1,273 @@
+"""Define the values that travel between the rooms.
+
+In:     nothing
+Out:    immutable values; each says who makes it and who reads it
+Owns:   what a channel name and a position look like
+Never:  does I/O, reads a clock, or knows JSON
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NewType
+
+from pubsub_mw.errors import ChannelError
+
+__all__ = [
+    "CONNECTION_PREFIX",
+    "START_EPOCH",
+    "START_TAG",
+    "USER_PREFIX",
+    "Channel",
+    "ConnectionId",
+    "Draft",
+    "Grant",
+    "Handshake",
+    "HistoryPage",
+    "Position",
+    "Publication",
+    "channel_of_connection",
+    "channel_of_user",
+    "check_channel",
+    "check_subscribable",
+    "compile_patterns",
+    "is_presence",
+    "is_protected",
+]
+
+Channel = NewType("Channel", str)
+ConnectionId = NewType("ConnectionId", str)
+
+CONNECTION_PREFIX = "#connection-"
+USER_PREFIX = "#user-"
+
+_NAME = re.compile(r"[A-Za-z0-9_.,:;=@/-]{1,200}\Z")
+_OWN_NAME = re.compile(r"#(?:connection|user)-[A-Za-z0-9_.,:;=@/-]+\Z")
+_POSITION = re.compile(r"([A-Za-z0-9_-]{1,32})\.(0|[1-9][0-9]{0,15})\.([A-Za-z0-9_-]{1,32})\Z")
+
+START_TAG = "0"
+"""The tag of offset 0: nothing has been published, so there is nothing that could differ."""
+
+START_EPOCH = ""
+"""The epoch of `Position.start()`: whichever the channel gets."""
+
+
+def check_channel(name: str) -> Channel:
+    """Return `name` if the application may publish to it.
+
+    Raises:
+        ChannelError: not 1 to 200 of `A-Za-z0-9_.,:;=@/-`, or a `#` name other than
+            `#connection-<id>` and `#user-<id>`.
+    """
+    if not isinstance(name, str):
+        raise ChannelError(name, "is not the name of a channel; a name is a string")
+    if name.startswith("#"):
+        if len(name) > 200 or not _OWN_NAME.match(name):
+            raise ChannelError(name, "is reserved; of the # names only #connection-<id> and #user-<id> may be used")
+    elif not _NAME.match(name):
+        raise ChannelError(name, "is not the name of a channel; use 1 to 200 of A-Z a-z 0-9 _ . , : ; = @ / -")
+    return Channel(name)
+
+
+def check_subscribable(name: str) -> Channel:
+    """Return `name` if a client may ask for it by name: any channel but the reserved `#` ones.
+
+    Raises:
+        ChannelError: see above.
+    """
+    channel = check_channel(name)
+    if channel.startswith("#"):
+        raise ChannelError(name, "is reserved; the server subscribes a connection to its own # channels by itself")
+    return channel
+
+
+def is_protected(channel: str) -> bool:
+    """Whether listening to `channel` needs a grant that names it."""
+    return channel.startswith(("private-", "presence-"))
+
+
+def is_presence(channel: str) -> bool:
+    """Whether `channel` shows who is there."""
+    return channel.startswith("presence-")
+
+
+def channel_of_connection(connection: ConnectionId) -> Channel:
+    """Return the channel that only `connection` listens to."""
+    return Channel(CONNECTION_PREFIX + connection)
+
+
+def channel_of_user(user: str) -> Channel:
+    """Return the channel that all connections of `user` listen to.
+
+    Raises:
+        ChannelError: `user` holds a character that a channel name cannot.
+    """
+    return check_channel(USER_PREFIX + user)
+
+
+def compile_patterns(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Return a test for whether a text matches one of `patterns` as a whole; `*` stands for any text, `/` included."""
+    if not patterns:
+        return lambda _text: False
+    alternatives = (
+        "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", p)) for p in patterns
+    )
+    expression = re.compile(f"(?:{'|'.join(alternatives)})\\Z", re.DOTALL)
+    return lambda text: expression.match(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in one channel's history. Its text, `<epoch>.<offset>.<tag>`, is opaque to clients.
+
+    Attributes:
+        epoch: names one unbroken history; changes when the broker lost it
+        offset: counts the channel's publications from 1; 0 = before the first
+        tag: random per publication, because after a failover the same epoch and offset
+            can name another publication; `START_TAG` at offset 0
+    """
+
+    epoch: str
+    offset: int
+    tag: str
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.offset}.{self.tag}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Position":
+        """Read a position from its text.
+
+        Raises:
+            ValueError: the text is no position.
+        """
+        match = _POSITION.match(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f"{text!r:.80} is not a position; give back one that a server sent, unchanged")
+        return cls(match[1], int(match[2]), match[3])
+
+    @classmethod
+    def start(cls) -> "Position":
+        """Return the place before a channel's first publication, in whichever epoch it will have."""
+        return cls(START_EPOCH, 0, START_TAG)
+
+    @property
+    def is_start(self) -> bool:
+        return self.epoch == START_EPOCH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A publication on its way to the broker, which gives it epoch and offset. Made by the publishers.
+
+    Attributes:
+        channel: where to
+        tag: random; also how a retry finds out that the first try had arrived
+        head: bytes of the finished `message` frame up to its position
+        exclude: the connection that shall not get it, or ""
+        idempotency_key: a publication with the same key within `idempotency_ttl` seconds is not
+            published again; "" = none
+        history_size: how many publications the channel keeps from now on (>= 1)
+        is_kept: whether this one is among them; its offset is used up either way
+    """
+
+    channel: Channel
+    tag: str
+    head: bytes
+    exclude: str
+    idempotency_key: str
+    history_size: int
+    is_kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One item published to a channel. Made by the broker, read by the realtime server.
+
+    Attributes:
+        position: its place
+        previous_tag: the tag of the publication one offset before
+        exclude: the connection that shall not get it, or ""
+        frame: the finished `message` frame as UTF-8 JSON; b"" in history when it was not kept
+    """
+
+    position: Position
+    previous_tag: str
+    exclude: str
+    frame: bytes
+
+    def follows(self, position: Position) -> bool:
+        """Whether this is exactly the next publication after `position`."""
+        own = self.position
+        return (
+            own.offset == position.offset + 1
+            and self.previous_tag == position.tag
+            and (own.epoch == position.epoch or position.is_start)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryPage:
+    """What one atomic read of a channel's history found.
+
+    Attributes:
+        top: the channel's newest position
+        publications: those kept after the offset that was asked for, in offset order
+        is_complete: whether they reach up to `top`; if not, the page's bound in bytes was met first
+    """
+
+    top: Position
+    publications: tuple[Publication, ...]
+    is_complete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """What a verified grant allows.
+
+    Attributes:
+        user: who it is, or None
+        channels: patterns of channels that may be listened to
+        publish: patterns of channels that may be published to
+        info: JSON value that presence shows beside the user
+        issued_at: seconds since 1970
+        expires_at: seconds since 1970
+    """
+
+    user: str | None
+    channels: tuple[str, ...]
+    publish: tuple[str, ...]
+    info: object
+    issued_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Handshake:
+    """The HTTP request that opened a connection. Holds cookies: never logged, never in an error text.
+
+    Attributes:
+        headers: lower-case names, in the order they came
+        scheme: `http` or `https`
+        address: the remote address as the server saw it, or ""
+    """
+
+    headers: tuple[tuple[str, str], ...]
+    scheme: str
+    address: str
+
+    def all(self, name: str) -> list[str]:
+        """Return every value of header `name` (lower case)."""
+        return [value for key, value in self.headers if key == name]
+
+    @classmethod
+    def from_scope(cls, scope: Mapping[str, object]) -> "Handshake":
+        """Read it from an ASGI scope. Source: ASGI spec, "HTTP & WebSocket ASGI Message Format"."""
+        headers = scope["headers"]
+        client = scope.get("client")
+        assert isinstance(headers, (list, tuple))
+        return cls(
+            headers=tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in headers),
+            scheme="https" if scope.get("scheme") in ("https", "wss") else "http",
+            address=str(client[0]) if isinstance(client, (list, tuple)) else "",
+        )

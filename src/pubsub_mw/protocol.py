@@ -1,0 +1,270 @@
+"""Translate between frames and values. This docstring is the wire specification.
+
+In:     text that a client sent; values to be sent
+Out:    command values; frames as UTF-8 JSON, one object each
+Owns:   the shape of every frame, in both directions
+Never:  trusts a field it did not check; parses a publication's `data` on its way to the client
+
+A frame is one JSON object; `type` names it. Unknown fields are ignored, so that either side may be newer.
+
+A client sends:
+
+`connect`       first, within `connect_timeout`. `grant` (text, optional); `resume` (text, optional: from the
+                last `connected`); `channels` (object, optional: channel -> position as text, or null)
+`subscribe`     `channel`; `position` (text, optional: the last one received); `grant` (text, optional:
+                replaces the connection's grant)
+`unsubscribe`   `channel`
+`publish`       `channel`, `data` (any JSON), `event` (text, optional, default "message"), `id` (text, optional:
+                comes back in an `error`). Straight to a channel, where a grant's `publish` allows it
+`grant`         `grant` (text): refreshes the permission before it expires
+`pong`          the answer to `ping`
+
+The server sends:
+
+`connected`     `connection` (text), `resume` (text), `user` (text or null), `ping` (seconds between pings)
+`subscribed`    `channel`, `position`, `recovered`: true = what was missed follows as messages, and `position` is
+                where they start; false = what was missed could not be told, go on from `position`; null = no
+                position was given
+`message`       `channel`, `event`, `data`, `position`. In offset order; each at most once on a connection
+`gap`           `channel`, `position`, `reason`: continuity was lost while live. Fetch the state anew, go on from
+                `position`. Reasons: `epoch` (the broker lost the channel), `ahead` (the broker fell behind what was
+                received), `forked` (it holds other publications under the same offsets), `trimmed` (what was
+                missed is no longer kept)
+`unsubscribed`  `channel`, `code` ("client" = it was asked for; else an error code), `reason`
+`error`         `code`, `message`; `id` and `channel` where the refused command named them
+`ping`          answer with `pong`
+`disconnect`    `code` (the close code that follows), `reason`, `retry` (seconds before coming back; null = do not)
+
+A position is text that only a server makes; a client hands back the last one it received.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from pubsub_mw.errors import CloseCode, ErrorCode, FrameError, may_reconnect
+from pubsub_mw.model import Position
+
+__all__ = [
+    "PING",
+    "Command",
+    "Connect",
+    "Pong",
+    "Publish",
+    "RefreshGrant",
+    "Subscribe",
+    "Unsubscribe",
+    "connected",
+    "decode_command",
+    "disconnect",
+    "error",
+    "gap",
+    "message_head",
+    "message_tail",
+    "subscribed",
+    "unsubscribed",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connect:
+    grant: str | None
+    resume: str | None
+    channels: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subscribe:
+    channel: str
+    position: str | None
+    grant: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsubscribe:
+    channel: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    id: str | None
+    channel: str
+    event: str
+    data: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefreshGrant:
+    grant: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    pass
+
+
+Command = Connect | Subscribe | Unsubscribe | Publish | RefreshGrant | Pong
+
+
+def decode_command(text: str | bytes) -> Command:
+    """Read what a client sent.
+
+    Raises:
+        FrameError: with the code and the sentence to answer with.
+    """
+    try:
+        frame = orjson.loads(text)
+    except orjson.JSONDecodeError as problem:
+        raise FrameError(ErrorCode.BAD_FRAME, f"a frame is one JSON object; this is not JSON: {problem}") from None
+    if not isinstance(frame, dict):
+        raise FrameError(ErrorCode.BAD_FRAME, f"a frame is one JSON object, not {_kind(frame)}")
+    kind = frame.get("type")
+    if not isinstance(kind, str):
+        raise FrameError(ErrorCode.BAD_FRAME, "the frame has no type; it must be a text that names the command")
+    decode = _DECODERS.get(kind)
+    if decode is None:
+        raise FrameError(
+            ErrorCode.UNKNOWN_TYPE,
+            f"there is no command {kind!r:.60}; there are: {', '.join(_DECODERS)}",
+            id=_hint(frame, "id"),
+            channel=_hint(frame, "channel"),
+        )
+    return decode(frame)
+
+
+def _connect(frame: dict[str, Any]) -> Connect:
+    channels = frame.get("channels")
+    if channels is None:
+        channels = {}
+    if not isinstance(channels, dict):
+        raise _wrong(frame, "channels", "an object of channel -> position or null", channels)
+    for position in channels.values():
+        if position is not None and not isinstance(position, str):
+            raise _wrong(frame, "channels", "an object whose values are positions (text) or null", position)
+    return Connect(grant=_optional_text(frame, "grant"), resume=_optional_text(frame, "resume"), channels=channels)
+
+
+def _subscribe(frame: dict[str, Any]) -> Subscribe:
+    return Subscribe(
+        channel=_text(frame, "channel"),
+        position=_optional_text(frame, "position"),
+        grant=_optional_text(frame, "grant"),
+    )
+
+
+def _unsubscribe(frame: dict[str, Any]) -> Unsubscribe:
+    return Unsubscribe(channel=_text(frame, "channel"))
+
+
+def _publish(frame: dict[str, Any]) -> Publish:
+    if "data" not in frame:
+        raise _wrong(frame, "data", "present (any JSON)", None)
+    event = _optional_text(frame, "event")
+    return Publish(
+        id=_optional_text(frame, "id"),
+        channel=_text(frame, "channel"),
+        event="message" if event is None else event,
+        data=frame["data"],
+    )
+
+
+def _refresh(frame: dict[str, Any]) -> RefreshGrant:
+    return RefreshGrant(grant=_text(frame, "grant"))
+
+
+def _pong(_frame: dict[str, Any]) -> Pong:
+    return Pong()
+
+
+_DECODERS: dict[str, Callable[[dict[str, Any]], Command]] = {
+    "connect": _connect,
+    "subscribe": _subscribe,
+    "unsubscribe": _unsubscribe,
+    "publish": _publish,
+    "grant": _refresh,
+    "pong": _pong,
+}
+
+
+def _text(frame: dict[str, Any], name: str) -> str:
+    value = frame.get(name)
+    if not isinstance(value, str):
+        raise _wrong(frame, name, "a text", value)
+    return value
+
+
+def _optional_text(frame: dict[str, Any], name: str) -> str | None:
+    value = frame.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(frame, name, "a text or absent", value)
+    return value
+
+
+def _wrong(frame: dict[str, Any], name: str, wanted: str, value: object) -> FrameError:
+    return FrameError(
+        ErrorCode.BAD_FRAME,
+        f"{frame['type']}: {name} must be {wanted}, not {_kind(value)}",
+        id=_hint(frame, "id"),
+        channel=_hint(frame, "channel"),
+    )
+
+
+def _hint(frame: dict[str, Any], name: str) -> str | None:
+    """Return what an error can point at, cut so that an error is never larger than what it answers by much."""
+    value = frame.get(name)
+    return value[:200] if isinstance(value, str) else None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+PING = b'{"type":"ping"}'
+
+
+def connected(connection: str, resume: str, user: str | None, ping: float) -> bytes:
+    return orjson.dumps({"type": "connected", "connection": connection, "resume": resume, "user": user, "ping": ping})
+
+
+def subscribed(channel: str, position: Position, recovered: bool | None) -> bytes:
+    return orjson.dumps({"type": "subscribed", "channel": channel, "position": str(position), "recovered": recovered})
+
+
+def message_head(channel: str, event: str, data: bytes) -> bytes:
+    """Return a `message` frame up to its position, which the broker adds. `data` is JSON already."""
+    return b'{"type":"message","channel":%b,"event":%b,"data":%b,"position":"' % (
+        orjson.dumps(channel),
+        orjson.dumps(event),
+        data,
+    )
+
+
+message_tail = b'"}'
+"""What closes a `message` frame after its position."""
+
+
+def gap(channel: str, position: Position, reason: str) -> bytes:
+    return orjson.dumps({"type": "gap", "channel": channel, "position": str(position), "reason": reason})
+
+
+def unsubscribed(channel: str, code: str, reason: str) -> bytes:
+    return orjson.dumps({"type": "unsubscribed", "channel": channel, "code": code, "reason": reason})
+
+
+def error(code: ErrorCode, message: str, *, id: str | None = None, channel: str | None = None) -> bytes:  # noqa: A002
+    frame = {"type": "error", "code": code, "message": message}
+    if id is not None:
+        frame["id"] = id
+    if channel is not None:
+        frame["channel"] = channel
+    return orjson.dumps(frame)
+
+
+def disconnect(code: CloseCode, reason: str, retry: float) -> bytes:
+    """`retry`: seconds; sent as null where the code says not to come back."""
+    return orjson.dumps(
+        {"type": "disconnect", "code": int(code), "reason": reason, "retry": retry if may_reconnect(code) else None}
+    )

@@ -1,0 +1,245 @@
+"""Route requests to transports, and start and stop what they share.
+
+In:     ASGI scopes below the mount
+Out:    WebSockets served; `client.js`, `client.d.ts`, `health`
+Owns:   the broker, the hub and the task that runs it, per event loop
+Never:  needs a lifespan: a mounted app gets none, so everything starts on first use
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import Any
+from weakref import WeakSet
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from pubsub_mw.broker.engines import open_async_broker
+from pubsub_mw.broker.interface import AsyncBroker
+from pubsub_mw.errors import BrokerUnavailable, CloseCode
+from pubsub_mw.model import Handshake
+from pubsub_mw.publisher import AsyncPublisher, warn_of_secret
+from pubsub_mw.realtime.connection import Shared
+from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.origin import refuse_origin
+from pubsub_mw.realtime.websocket import deny, serve_websocket
+from pubsub_mw.settings import Settings
+
+__all__ = ["Realtime", "drain_all"]
+
+log = logging.getLogger("pubsub_mw")
+
+_RESTART_SECONDS = 1.0
+"""Between the death of the hub, which is a fault of ours, and its next start."""
+
+_all: "WeakSet[Realtime]" = WeakSet()
+
+
+class Realtime(Starlette):
+    """The realtime endpoint. Mount it, or serve it through `pubsub_mw.asgi:app`.
+
+    Args:
+        url: the broker; None = `PUBSUB_URL`, else `memory://`
+        settings: any field of `Settings`
+
+    Raises:
+        SettingsError: a setting is wrong.
+    """
+
+    def __init__(self, url: str | None = None, **settings: Any) -> None:
+        self.settings = Settings.build(url, **settings)
+        self._running: _Running | None = None
+        self._starting = asyncio.Lock()
+        self._is_draining = False
+        self._per_address: Counter[str] = Counter()
+        static = files("pubsub_mw").joinpath("static")
+        super().__init__(
+            routes=[
+                WebSocketRoute("/", self._websocket),
+                Route("/", _hint),
+                Route("/health", self._health),
+                Route("/client.js", _Static(static.joinpath("client.js").read_bytes(), "text/javascript")),
+                Route("/client.d.ts", _Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
+            ],
+            lifespan=self._lifespan,
+        )
+        _all.add(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and scope["path"] == scope.get("root_path", ""):
+            scope = {**scope, "path": scope["path"] + "/"}  # the mount itself, without a closing slash
+        await super().__call__(scope, receive, send)
+
+    async def start(self) -> "_Running":
+        """Start what connections share, once per event loop; later calls return at once.
+
+        Raises:
+            BrokerUnavailable: no `secret` is set and the one in the broker could not be read.
+        """
+        running, loop = self._running, asyncio.get_running_loop()
+        if running is not None and running.loop is loop:
+            return running
+        if running is not None:
+            self._running, self._starting = None, asyncio.Lock()  # left behind by a loop that is over
+        async with self._starting:
+            if self._running is None:
+                self._running = await _Running.start(self.settings)
+            return self._running
+
+    async def stop(self) -> None:
+        """End the hub and give the broker's connections back."""
+        running, self._running = self._running, None
+        if running is not None and running.loop is asyncio.get_running_loop():
+            await running.stop()
+
+    async def drain(self, seconds: float | None = None) -> None:
+        """Admit nobody any more, and close every connection, spread over `seconds` (default: the setting).
+
+        Each is asked to come back, at its own time, to another server or to the next one.
+        """
+        self._is_draining = True
+        running = self._running
+        if running is None:
+            return
+        queues = running.hub.send_queues()
+        random.shuffle(queues)
+        window = self.settings.drain if seconds is None else seconds
+        began = running.loop.time()
+        for index, queue in enumerate(queues):
+            await asyncio.sleep(max(0.0, began + window * index / len(queues) - running.loop.time()))
+            queue.close(CloseCode.SHUTDOWN, "this server is going away; another one takes over")
+        # Those that were connecting meanwhile.
+        for queue in running.hub.send_queues():
+            queue.close(CloseCode.SHUTDOWN, "this server is going away; another one takes over")
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        try:
+            await self.start()
+        except BrokerUnavailable as error:
+            log.error("%s; connections are refused until it answers", error)
+        try:
+            yield
+        finally:
+            await self.stop()
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        handshake = Handshake.from_scope(websocket.scope)
+        refusal = refuse_origin(handshake, self.settings.origins)
+        if refusal is not None:
+            await deny(websocket, 403, refusal)
+            return
+        if self._is_draining:
+            await deny(websocket, 503, "this server is going away; try again")
+            return
+        limit, address = self.settings.max_connections_per_address, handshake.address
+        if limit and self._per_address[address] >= limit:
+            await deny(websocket, 429, f"an address may have {limit} connections")
+            return
+        try:
+            running = await self.start()
+        except BrokerUnavailable as error:
+            log.error("connection refused: %s", error)
+            await deny(websocket, 503, "the broker does not answer; try again in a few seconds")
+            return
+        self._per_address[address] += 1
+        try:
+            await serve_websocket(websocket, running.shared, handshake)
+        finally:
+            self._per_address[address] -= 1
+            if not self._per_address[address]:
+                del self._per_address[address]
+
+    async def _health(self, _request: Request) -> Response:
+        """200 while publications arrive and new connections are admitted, else 503."""
+        try:
+            hub = (await self.start()).hub
+        except BrokerUnavailable:
+            hub = None
+        is_up = hub is not None and hub.is_up
+        status = "draining" if self._is_draining else "ok" if is_up else "broker unavailable"
+        body = {
+            "status": status,
+            "connections": hub.connection_count if hub else 0,
+            "channels": hub.channel_count if hub else 0,
+        }
+        return JSONResponse(body, 200 if status == "ok" else 503, {"cache-control": "no-store"})
+
+
+class _Running:
+    """What the connections of one event loop share."""
+
+    def __init__(self, settings: Settings, broker: AsyncBroker, secret: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._broker = broker
+        self._publisher = AsyncPublisher(**settings.overrides())
+        self.hub = Hub(broker, settings)
+        self.shared = Shared(settings, self.hub, self._publisher, secret)
+        self._task = asyncio.create_task(self._keep())
+
+    @classmethod
+    async def start(cls, settings: Settings) -> "_Running":
+        broker = open_async_broker(settings)
+        secret = settings.secret
+        if secret is None:
+            secret = await broker.secret()
+            if settings.url != "memory://":
+                warn_of_secret(settings)
+        return cls(settings, broker, secret)
+
+    async def _keep(self) -> None:
+        """Run the hub; if it dies, which is a fault, say so and run it again: its connections are still here."""
+        while True:
+            try:
+                await self.hub.run()
+            except Exception:
+                log.exception("the hub died; it starts again, and every channel is read anew")
+            await asyncio.sleep(_RESTART_SECONDS)
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._publisher.close()
+        await self._broker.close()
+
+
+class _Static:
+    """One file of the package, as an ASGI endpoint; public, so any page may load it."""
+
+    def __init__(self, content: bytes, media_type: str) -> None:
+        self._content = content
+        self._media_type = media_type
+        self._etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {
+            "etag": self._etag,
+            "cache-control": "no-cache",
+            "access-control-allow-origin": "*",
+            "x-content-type-options": "nosniff",
+        }
+        if Request(scope).headers.get("if-none-match") == self._etag:
+            response = Response(status_code=304, headers=headers)
+        else:
+            response = Response(self._content, media_type=self._media_type, headers=headers)
+        await response(scope, receive, send)
+
+
+async def _hint(_request: Request) -> Response:
+    text = "This is a realtime endpoint: open a WebSocket here, or import connect from ./client.js\n"
+    return PlainTextResponse(text, 426, {"upgrade": "websocket", "connection": "upgrade"})
+
+
+async def drain_all(seconds: float | None = None) -> None:
+    """Drain every `Realtime` of this process. For whoever runs the server and gets its signals."""
+    await asyncio.gather(*(realtime.drain(seconds) for realtime in list(_all)))

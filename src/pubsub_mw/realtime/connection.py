@@ -1,0 +1,367 @@
+"""Be one client, whichever transport it uses: frame in, effect, frame out.
+
+In:     the text of each frame the client sent, one after another
+Out:    frames into its send queue; subscriptions into the hub; publications to the broker
+Owns:   who the client is (id, grant), its subscriptions, and one timer for its deadlines
+Never:  knows a socket; raises for what a client did: that becomes an `error` frame, or a close code
+
+States: new -> connected -> closed. A command before `connect` is refused; `connect` twice is refused.
+"""
+
+import asyncio
+import logging
+import math
+import random
+import secrets
+import time
+from dataclasses import dataclass
+
+from pubsub_mw import protocol
+from pubsub_mw.errors import ChannelError, CloseCode, ErrorCode, FrameError, GrantError, GrantExpired, PublishError
+from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
+from pubsub_mw.model import (
+    Channel,
+    ConnectionId,
+    Grant,
+    Handshake,
+    Position,
+    channel_of_connection,
+    channel_of_user,
+    check_subscribable,
+    compile_patterns,
+    is_presence,
+    is_protected,
+)
+from pubsub_mw.publisher import AsyncPublisher
+from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.subscription import Subscription
+from pubsub_mw.settings import Settings
+
+__all__ = ["Connection", "Shared"]
+
+log = logging.getLogger("pubsub_mw")
+
+_FORBIDDEN = "no grant of yours allows it"
+
+
+class Shared:
+    """What all connections of a process have in common."""
+
+    def __init__(self, settings: Settings, hub: Hub, publisher: AsyncPublisher, secret: str) -> None:
+        self.settings = settings
+        self.hub = hub
+        self.publisher = publisher
+        self.secret = secret
+        self.verifier = GrantVerifier(secret, settings.grant_public_key)
+        self.is_public = compile_patterns(settings.public)
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """Where a connection takes up its own two channels: a position from the client, from its token, or neither."""
+
+    position: Position | None
+    is_announced: bool
+
+
+class Connection:
+    """One client.
+
+    Args:
+        shared: of this process
+        handshake: the request that opened it
+    """
+
+    def __init__(self, shared: Shared, handshake: Handshake) -> None:
+        settings = shared.settings
+        self._shared = shared
+        self.handshake = handshake
+        self.send_queue = SendQueue(settings.send_queue_bytes, settings.send_queue_bytes // 4)
+        self.id: ConnectionId | None = None
+        self._grant: Grant | None = None
+        self._subscriptions: dict[Channel, Subscription] = {}
+        self._own: list[Subscription] = []
+        self._loop = asyncio.get_running_loop()
+        self._next_ping_at = math.inf
+        self._unanswered_at: float | None = None  # when the first ping went out since anything came
+        self._expiry_told_at: float | None = None
+        self._timer = self._loop.call_later(settings.connect_timeout, self._on_connect_timeout)
+
+    @property
+    def user(self) -> str | None:
+        return self._grant.user if self._grant is not None else None
+
+    async def receive(self, text: str | bytes) -> None:
+        """Take one frame. Returns when its effect has been begun; answers come through `send_queue`."""
+        self._unanswered_at = None
+        try:
+            command = protocol.decode_command(text)
+            if isinstance(command, protocol.Connect):
+                await self._connect(command)
+            elif self.id is None:
+                raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
+            elif isinstance(command, protocol.Subscribe):
+                if command.grant is not None:
+                    self._take_grant(command.grant)
+                self._subscribe(command.channel, command.position)
+            elif isinstance(command, protocol.Unsubscribe):
+                self._unsubscribe(command.channel)
+            elif isinstance(command, protocol.RefreshGrant):
+                self._take_grant(command.grant)
+            elif isinstance(command, protocol.Publish):
+                await self._publish(command)
+        except FrameError as error:
+            self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+
+    def refuse(self, code: ErrorCode, message: str) -> None:
+        """Answer a frame that could not even be taken as text."""
+        self._unanswered_at = None
+        self.send_queue.put_nowait(protocol.error(code, message))
+
+    def close(self) -> None:
+        """Leave the hub. Idempotent; the transport calls it when the client is gone."""
+        self._timer.cancel()
+        self.send_queue.close(CloseCode.SERVER_ERROR, "closed")
+        for subscription in [*self._subscriptions.values(), *self._own]:
+            self._shared.hub.unsubscribe(subscription)
+        self._subscriptions.clear()
+        self._own.clear()
+        if self.id is not None:
+            self._shared.hub.close(self.id, self.send_queue)
+
+    # Who it is.
+
+    async def _connect(self, command: protocol.Connect) -> None:
+        if self.id is not None:
+            raise FrameError(ErrorCode.ALREADY_CONNECTED, "this connection is connected already")
+        now = time.time()
+        resume = self._resumed(command.resume, now)
+        try:
+            grant = resume.grant if resume is not None else None
+            if command.grant is not None:
+                grant = self._shared.verifier.verify(command.grant, now=now)
+            elif grant is not None and grant.expires_at <= now:
+                raise GrantExpired("the grant of the resumed connection expired; show a new one in connect")
+        except GrantError as error:
+            code = CloseCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else CloseCode.GRANT_INVALID
+            self.send_queue.close(code, str(error))
+            return
+        if resume is not None and resume.grant is not None and resume.grant.user not in (None, grant and grant.user):
+            resume = None  # somebody else now: the id and what was sent to it stay with whom they belong to
+        self._grant = grant
+        connection = resume.connection if resume is not None else ConnectionId(secrets.token_urlsafe(16))
+        positions = self._own_positions(command, connection, resume)
+        if not await self._begin(connection, resume, positions):
+            return
+        for channel, position in command.channels.items():
+            if channel.startswith("#") and resume is not None and channel in positions:
+                continue
+            try:
+                self._subscribe(channel, position)
+            except FrameError as error:
+                self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+
+    def _resumed(self, token: str | None, now: float) -> Resume | None:
+        """Return what a resume token restores; one that is too old or not ours restores nothing."""
+        if token is None:
+            return None
+        try:
+            return verify_resume(self._shared.secret, token, now=now)
+        except GrantError as error:
+            log.info("not resumed: %s", error)
+            return None
+
+    def _own_positions(
+        self, command: protocol.Connect, connection: ConnectionId, resume: Resume | None
+    ) -> dict[Channel, _Own]:
+        positions = {channel_of_connection(connection): _Own(Position.start(), False)}
+        if self.user is not None:
+            known = resume.user_position if resume is not None else None
+            positions[channel_of_user(self.user)] = _Own(known, False)
+        if resume is not None:
+            for channel in positions:
+                text = command.channels.get(channel)
+                if text is not None:
+                    positions[channel] = _Own(_position(channel, text), True)
+        return positions
+
+    async def _begin(self, connection: ConnectionId, resume: Resume | None, positions: dict[Channel, _Own]) -> bool:
+        """Take up the connection's own channels and say `connected`; False if the broker does not answer.
+
+        A new connection is told its id when the broker follows its channels, so that nothing sent to it can be
+        missed. A resumed one is told at once: what it missed is read from history.
+        """
+        hub, settings = self._shared.hub, self._shared.settings
+        settled: list[asyncio.Future[bool]] = []
+        for channel, own in positions.items():
+            settled.append(self._loop.create_future())
+            subscription = Subscription(
+                channel,
+                connection,
+                self.send_queue,
+                own.position,
+                is_announced=own.is_announced,
+                is_fresh=resume is None and channel == channel_of_connection(connection),
+                settled=settled[-1],
+            )
+            self._own.append(subscription)
+        user_position = self._own[-1].position if len(self._own) > 1 else None
+        if resume is None:
+            for subscription in self._own:
+                hub.subscribe(subscription)
+            if not all(await asyncio.gather(*settled)):
+                self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, "the broker does not answer; come back in a moment")
+                return False
+            if len(self._own) > 1:
+                user_position = hub.position(self._own[-1])
+        if self.send_queue.closed is not None:
+            return False
+        self.id = connection
+        hub.open(connection, self.send_queue)
+        token = sign_resume(
+            self._shared.secret,
+            Resume(connection=connection, grant=self._grant, user_position=user_position, issued_at=time.time()),
+            expires=settings.resume_ttl,
+        )
+        self.send_queue.put_nowait(protocol.connected(connection, token, self.user, settings.ping_interval))
+        if resume is not None:
+            for subscription in self._own:
+                hub.subscribe(subscription)
+        self._timer.cancel()
+        self._schedule()
+        return True
+
+    def _take_grant(self, token: str) -> None:
+        try:
+            grant = self._shared.verifier.verify(token, now=time.time())
+        except GrantExpired as error:
+            raise FrameError(ErrorCode.GRANT_EXPIRED, str(error)) from error
+        except GrantError as error:
+            raise FrameError(ErrorCode.GRANT_INVALID, str(error)) from error
+        if self._grant is not None and grant.user != self._grant.user:
+            raise FrameError(ErrorCode.GRANT_INVALID, "the grant is somebody else's; open a new connection with it")
+        if self._grant is None and grant.user is not None:
+            raise FrameError(
+                ErrorCode.GRANT_INVALID, "this connection is nobody's; open a new connection with the grant"
+            )
+        self._grant = grant
+        self._expiry_told_at = None
+        self._timer.cancel()
+        self._schedule()
+
+    # What it listens to.
+
+    def _subscribe(self, name: str, position_text: str | None) -> None:
+        try:
+            channel = check_subscribable(name)
+        except ChannelError as error:
+            raise FrameError(ErrorCode.BAD_CHANNEL, str(error), channel=name[:200]) from error
+        if channel in self._subscriptions and self._subscriptions[channel].is_open:
+            raise FrameError(ErrorCode.ALREADY_SUBSCRIBED, "this connection listens to it already", channel=channel)
+        position = _position(channel, position_text) if position_text is not None else None
+        self._forget_refused()
+        limit = self._shared.settings.max_channels
+        if len(self._subscriptions) >= limit:
+            raise FrameError(
+                ErrorCode.TOO_MANY_CHANNELS, f"a connection may listen to {limit} channels", channel=channel
+            )
+        if is_presence(channel):
+            raise FrameError(
+                ErrorCode.UNSUPPORTED, "presence channels are not supported by this version", channel=channel
+            )
+        if not self._may_listen(channel):
+            raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+        assert self.id is not None
+        subscription = Subscription(channel, self.id, self.send_queue, position)
+        self._subscriptions[channel] = subscription
+        self._shared.hub.subscribe(subscription)
+
+    def _may_listen(self, channel: Channel) -> bool:
+        if not is_protected(channel) and self._shared.is_public(channel):
+            return True
+        grant = self._grant
+        return grant is not None and grant.expires_at > time.time() and compile_patterns(grant.channels)(channel)
+
+    def _forget_refused(self) -> None:
+        for channel in [name for name, subscription in self._subscriptions.items() if not subscription.is_open]:
+            del self._subscriptions[channel]
+
+    def _unsubscribe(self, name: str) -> None:
+        subscription = self._subscriptions.pop(Channel(name), None)
+        if subscription is None or not subscription.is_open:
+            raise FrameError(ErrorCode.NOT_SUBSCRIBED, "this connection does not listen to it", channel=name[:200])
+        self._shared.hub.unsubscribe(subscription)
+        self.send_queue.put_nowait(protocol.unsubscribed(name, "client", "as asked"))
+
+    async def _publish(self, command: protocol.Publish) -> None:
+        def refused(code: ErrorCode, message: str) -> FrameError:
+            return FrameError(code, message, id=command.id, channel=command.channel[:200])
+
+        try:
+            channel = check_subscribable(command.channel)
+        except ChannelError as error:
+            raise refused(ErrorCode.BAD_CHANNEL, str(error)) from error
+        grant = self._grant
+        if grant is None or grant.expires_at <= time.time() or not compile_patterns(grant.publish)(channel):
+            raise refused(ErrorCode.FORBIDDEN, _FORBIDDEN)
+        try:
+            await self._shared.publisher.publish(channel, command.data, event=command.event)
+        except ValueError as error:
+            raise refused(ErrorCode.BAD_FRAME, str(error)) from error
+        except PublishError as error:
+            log.warning("a client's publication was not stored: %s", error)
+            raise refused(ErrorCode.UNAVAILABLE, "it may not have been stored; try again in a few seconds") from error
+
+    # Deadlines. One timer, set to whichever comes next.
+
+    def _on_connect_timeout(self) -> None:
+        if self.id is None:
+            self.send_queue.close(CloseCode.CONNECT_TIMEOUT, "no connect frame came in time")
+
+    def _schedule(self) -> None:
+        settings, now = self._shared.settings, self._loop.time()
+        if self._next_ping_at == math.inf:
+            # Spread over the interval, so that connections made at once are not pinged at once.
+            self._next_ping_at = now + random.uniform(0.5, 1.0) * settings.ping_interval
+        next_at = min(self._next_ping_at, now + self._until_expiry())
+        if self._unanswered_at is not None:
+            next_at = min(next_at, self._unanswered_at + settings.ping_timeout)
+        self._timer = self._loop.call_at(next_at, self._on_timer)
+
+    def _until_expiry(self) -> float:
+        if self._grant is None:
+            return math.inf
+        if self._expiry_told_at is not None:
+            return self._expiry_told_at + self._shared.settings.grant_grace - self._loop.time()
+        return min(self._grant.expires_at - time.time(), 3_600.0)
+
+    def _on_timer(self) -> None:
+        settings, now = self._shared.settings, self._loop.time()
+        if self.send_queue.closed is not None:
+            return
+        if self._until_expiry() <= 0:
+            if self._expiry_told_at is not None:
+                self.send_queue.close(CloseCode.GRANT_EXPIRED, "the grant expired and no fresh one came")
+                return
+            if self._grant is not None and self._grant.expires_at <= time.time():
+                self._expiry_told_at = now
+                message = f"the grant expired; send a fresh one within {settings.grant_grace:g} s"
+                self.send_queue.put_nowait(protocol.error(ErrorCode.GRANT_EXPIRED, message))
+        if self._unanswered_at is not None and now - self._unanswered_at >= settings.ping_timeout:
+            silence = settings.ping_timeout
+            self.send_queue.close(CloseCode.NO_PONG, f"nothing came for {silence:g} s after a ping")
+            return
+        if now >= self._next_ping_at:
+            self._next_ping_at = now + settings.ping_interval
+            self._unanswered_at = self._unanswered_at or now
+            self.send_queue.put_nowait(protocol.PING)
+        self._schedule()
+
+
+def _position(channel: str, text: str) -> Position:
+    try:
+        position = Position.parse(text)
+    except ValueError as error:
+        raise FrameError(ErrorCode.BAD_POSITION, str(error), channel=channel) from error
+    return position

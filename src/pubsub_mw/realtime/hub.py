@@ -1,0 +1,418 @@
+"""Know who listens to what in this process, and keep all of them complete.
+
+In:     subscriptions from `connection`; publications, confirmations and losses from the broker's subscriber
+Out:    frames into send queues: `subscribed`, `message`, `gap`, and `error` where the broker does not answer
+Owns:   one `_Channel` per channel with a subscription: who is live, who catches up, and their shared track
+Never:  sends a live publication that is not exactly the next one; awaits anything per subscriber
+
+The order that loses nothing: a subscription first waits, then the broker confirms that the channel is followed, and
+only then history is read. What comes live during the read is remembered (`recent`). When the page is there, what was
+missed, then what is in `recent`, is sent, and the subscription goes live: all with no `await` in between.
+
+A channel is stale when its track met anything but the next publication, or when the link to the broker was made
+anew. Nothing goes out on a stale channel until history was read. Reads are done by a few workers, each for many
+channels in one round trip, so that a reconnect of everybody costs one read per channel.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable
+from typing import NoReturn
+
+from pubsub_mw import protocol
+from pubsub_mw.broker.interface import AsyncBroker
+from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
+from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
+from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.subscription import CatchUp, GapReason, Next, Subscription, Track, catch_up
+from pubsub_mw.settings import Settings
+
+__all__ = ["Hub"]
+
+log = logging.getLogger("pubsub_mw")
+
+_RETRY_SECONDS = 0.5
+"""Between attempts to read from a broker that does not answer; jittered."""
+
+_REREAD_SECONDS = 0.01
+"""Until history is read again for a subscription that is ahead of what has come live."""
+
+
+class _Channel:
+    """One channel that somebody in this process listens to."""
+
+    __slots__ = ("is_confirmed", "is_reading", "is_stale", "is_wanted", "live", "name", "recent", "track", "waiting")
+
+    def __init__(self, name: Channel) -> None:
+        self.name = name
+        self.live: dict[Subscription, None] = {}  # everything up to `track` was put into their queues
+        self.waiting: dict[Subscription, None] = {}  # each at its own position
+        self.track: Track | None = None  # None until history was read for the first time
+        self.is_confirmed = False  # the broker delivers this channel's publications to us
+        self.is_stale = False  # `track` is not to be trusted before history was read
+        self.is_wanted = False  # a read is asked for
+        self.is_reading = False
+        self.recent: list[Publication] | None = None  # what came live since the read under way began
+
+    @property
+    def is_settled(self) -> bool:
+        return self.is_confirmed and self.track is not None and not self.is_stale
+
+    @property
+    def needs_read(self) -> bool:
+        return self.is_stale or self.track is None or any(item.send_queue.is_low for item in self.waiting)
+
+
+class Hub:
+    """The registry of one process. All methods belong to one event loop; `run` is awaited by its one owner."""
+
+    def __init__(self, broker: AsyncBroker, settings: Settings) -> None:
+        self._broker = broker
+        self._settings = settings
+        self._channels: dict[str, _Channel] = {}
+        self._connections: dict[ConnectionId, SendQueue] = {}
+        self._unsettled: dict[Subscription, None] = {}
+        self._subscriber = broker.subscriber(self)
+        self._generation = 0  # counts links to the broker
+        self._wanted: dict[_Channel, None] = {}
+        self._work = asyncio.Event()
+        self.gaps_told = 0
+        self.publications_delivered = 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether publications arrive."""
+        return self._subscriber.is_up
+
+    @property
+    def channel_count(self) -> int:
+        return len(self._channels)
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._connections)
+
+    def send_queues(self) -> list[SendQueue]:
+        """Return the queue of every open connection."""
+        return list(self._connections.values())
+
+    def open(self, connection: ConnectionId, send_queue: SendQueue) -> None:
+        """Register a connection. One with the same id, if still open, is closed: this one took over."""
+        older = self._connections.get(connection)
+        self._connections[connection] = send_queue
+        if older is not None:
+            older.close(CloseCode.REPLACED, "this connection was resumed elsewhere")
+
+    def close(self, connection: ConnectionId, send_queue: SendQueue) -> None:
+        """Forget a connection, unless another one has taken over its id."""
+        if self._connections.get(connection) is send_queue:
+            del self._connections[connection]
+
+    def subscribe(self, subscription: Subscription) -> None:
+        """Take a subscription; its answer comes through its send queue."""
+        channel = self._channels.get(subscription.channel)
+        if channel is None:
+            channel = self._channels[subscription.channel] = _Channel(subscription.channel)
+            self._subscriber.subscribe(channel.name)
+        subscription.registered_at = asyncio.get_running_loop().time()
+        self._unsettled[subscription] = None
+        channel.waiting[subscription] = None
+        track = channel.track
+        if track is not None and channel.is_settled and subscription.position in (None, track.position):
+            self._join(channel, subscription, track.position)
+        elif channel.is_confirmed:
+            self._want(channel)
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Forget a subscription. What is in its send queue stays there."""
+        subscription.is_open = False
+        self._unsettled.pop(subscription, None)
+        channel = self._channels.get(subscription.channel)
+        if channel is not None:
+            channel.live.pop(subscription, None)
+            channel.waiting.pop(subscription, None)
+            if not channel.live and not channel.waiting:
+                del self._channels[channel.name]
+                self._wanted.pop(channel, None)
+                self._subscriber.unsubscribe(channel.name)
+
+    def position(self, subscription: Subscription) -> Position | None:
+        """Return how far a live subscription has been sent its channel; None if it is not live."""
+        channel = self._channels.get(subscription.channel)
+        if channel is None or channel.track is None or subscription not in channel.live:
+            return None
+        return channel.track.position
+
+    # What the broker's subscriber tells.
+
+    def on_publication(self, channel: str, publication: Publication) -> None:
+        found = self._channels.get(channel)
+        if found is None:
+            return
+        if found.recent is not None and len(found.recent) <= self._settings.recovery_buffer:
+            found.recent.append(publication)
+        if found.track is not None and not found.is_stale:
+            self._offer(found, found.track, publication)
+
+    def on_subscribed(self, channel: str) -> None:
+        found = self._channels.get(channel)
+        if found is None:
+            return
+        found.is_confirmed = True
+        if found.track is None and all(subscription.is_fresh for subscription in found.waiting):
+            found.track = Track(Position.start())
+            for subscription in list(found.waiting):
+                self._join(found, subscription, found.track.position)
+        else:
+            found.is_stale = found.track is not None
+            self._want(found)
+
+    def on_lost(self) -> None:
+        self._generation += 1
+        for channel in self._channels.values():
+            channel.is_confirmed = False
+            channel.is_stale = channel.track is not None
+
+    # Sending.
+
+    def _offer(self, channel: _Channel, track: Track, publication: Publication) -> None:
+        verdict = track.offer(publication)
+        if verdict is Next.NEXT:
+            frame, exclude = publication.frame, publication.exclude
+            for subscription in channel.live:
+                if not exclude or subscription.connection != exclude:
+                    subscription.send_queue.put_nowait(frame)
+            self.publications_delivered += len(channel.live)
+        elif verdict is Next.BROKEN:
+            channel.is_stale = True
+            self._want(channel)
+
+    def _send_missed(self, subscription: Subscription, publications: Iterable[Publication]) -> None:
+        for publication in publications:
+            if not publication.exclude or publication.exclude != subscription.connection:
+                subscription.send_queue.put_recovered_nowait(publication.frame)
+
+    def _join(self, channel: _Channel, subscription: Subscription, position: Position) -> None:
+        """Make a waiting subscription live; it has been sent everything up to the channel's track."""
+        self._begin(subscription, position, None if subscription.position is None else True)
+        del channel.waiting[subscription]
+        channel.live[subscription] = None
+        self._unsettled.pop(subscription, None)
+        subscription.settle(True)
+
+    def _begin(self, subscription: Subscription, position: Position, recovered: bool | None) -> None:
+        """Answer a subscription, if it was not answered yet."""
+        if not subscription.has_begun:
+            subscription.has_begun = True
+            if subscription.is_announced or recovered is False:
+                frame = protocol.subscribed(subscription.channel, position, recovered)
+                subscription.send_queue.put_nowait(frame)
+
+    def _tell_gap(self, subscription: Subscription, outcome: CatchUp) -> None:
+        self.gaps_told += 1
+        frame = protocol.gap(subscription.channel, outcome.position, str(outcome.lost))
+        subscription.send_queue.put_nowait(frame)
+
+    # Reading history.
+
+    def _want(self, channel: _Channel) -> None:
+        """Ask for a read of the channel's history; once for all who ask before it begins."""
+        if self._channels.get(channel.name) is not channel:
+            return
+        channel.is_wanted = True
+        if not channel.is_reading:
+            self._wanted[channel] = None
+            self._work.set()
+
+    async def run(self) -> NoReturn:
+        """Follow the broker and read history where it is wanted, for ever."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._subscriber.run())
+                tasks.create_task(self._check())
+                tasks.create_task(self._refuse())
+                for _ in range(self._settings.resync_concurrency):
+                    tasks.create_task(self._read())
+        finally:
+            for channel in self._channels.values():
+                channel.is_reading, channel.recent = False, None
+        raise AssertionError("unreachable: the tasks above do not end")
+
+    async def _read(self) -> None:
+        while True:
+            await self._work.wait()
+            batch = [item for item in list(self._wanted)[: self._settings.resync_batch] if item.is_confirmed]
+            for channel in list(self._wanted)[: self._settings.resync_batch]:
+                del self._wanted[channel]
+            if not self._wanted:
+                self._work.clear()
+            if not batch:
+                continue
+            reads = [_Read(channel) for channel in batch]
+            generation = self._generation
+            pages: list[HistoryPage | Exception]
+            try:
+                wanted = [(read.channel.name, read.since) for read in reads]
+                pages = await self._broker.read(wanted, page_bytes=self._settings.recovery_page_bytes)
+            except BrokerUnavailable as error:
+                pages = [error] * len(reads)
+            for read, page in zip(reads, pages, strict=True):
+                recent = read.end()
+                channel = read.channel
+                if self._channels.get(channel.name) is not channel:
+                    continue
+                if isinstance(page, Exception):
+                    log.warning("history of %s could not be read: %s", channel.name, page)
+                    delay = random.uniform(_RETRY_SECONDS / 2, _RETRY_SECONDS)
+                    asyncio.get_running_loop().call_later(delay, self._want, channel)
+                elif generation == self._generation and channel.is_confirmed:
+                    self._settle(read, page, recent)
+                elif channel.is_confirmed:
+                    self._want(channel)
+
+    def _settle(self, read: "_Read", page: HistoryPage, recent: list[Publication]) -> None:
+        """Bring the track and those who wait forward by what `page` tells. No `await` from here to the end."""
+        channel = read.channel
+        was_stale = channel.track is None or channel.is_stale
+        track = self._settle_track(read, page)
+        for subscription in read.waiting:
+            if subscription in channel.waiting:
+                self._settle_subscription(channel, track, subscription, page, recent)
+        if was_stale and not channel.is_stale:
+            for publication in recent:
+                if not channel.is_stale:
+                    self._offer(channel, track, publication)
+        if len(recent) > self._settings.recovery_buffer:
+            self._want(channel)
+        elif channel.needs_read:
+            delay = 0 if channel.is_stale or not page.is_complete else _REREAD_SECONDS
+            asyncio.get_running_loop().call_later(delay, self._want, channel)
+
+    def _settle_track(self, read: "_Read", page: HistoryPage) -> Track:
+        channel = read.channel
+        if channel.track is None:
+            channel.track = Track(page.top)
+            return channel.track
+        track = channel.track
+        if not channel.is_stale:
+            lost = catch_up(read.track_position, page).lost
+            if lost not in (None, GapReason.TRIMMED):
+                channel.is_stale = True  # looked at again, with nothing live in between
+                return track
+            if lost is not None or page.top.offset <= track.position.offset:
+                return track  # what is newer is on its way to us
+        outcome = catch_up(track.position, page)
+        if outcome.lost is None:
+            self._bring_forward(channel, track.position, outcome.publications)
+            channel.is_stale = channel.is_stale and not page.is_complete
+        elif channel.is_stale:
+            for subscription in channel.live:
+                self._tell_gap(subscription, outcome)
+            channel.is_stale = False
+        else:
+            return track
+        track.move(outcome)
+        return track
+
+    def _bring_forward(self, channel: _Channel, position: Position, publications: tuple[Publication, ...]) -> None:
+        """Send to the live what they missed; who reads too slowly for that catches up alone, from `position`."""
+        for subscription in list(channel.live) if publications else ():
+            if subscription.send_queue.is_low:
+                self._send_missed(subscription, publications)
+            else:
+                del channel.live[subscription]
+                subscription.position = position
+                self._wait(channel, subscription)
+
+    def _wait(self, channel: _Channel, subscription: Subscription) -> None:
+        """Let a subscription catch up, as soon as its client has read what was sent before."""
+        channel.waiting[subscription] = None
+        if not subscription.send_queue.is_low:
+            subscription.send_queue.when_low(lambda: self._want(channel))
+
+    def _settle_subscription(
+        self,
+        channel: _Channel,
+        track: Track,
+        subscription: Subscription,
+        page: HistoryPage,
+        recent: list[Publication],
+    ) -> None:
+        if subscription.position is None:
+            if not channel.is_stale:
+                self._join(channel, subscription, track.position)
+            return
+        outcome = catch_up(subscription.position, page)
+        if not subscription.has_begun:
+            start = subscription.position
+            if start.is_start:
+                start = Position(page.top.epoch, start.offset, start.tag)
+            self._begin(subscription, outcome.position if outcome.lost else start, outcome.lost is None)
+            self._unsettled.pop(subscription, None)
+        elif outcome.lost is not None:
+            self._tell_gap(subscription, outcome)
+        self._send_missed(subscription, outcome.publications)
+        position = outcome.position
+        if not channel.is_stale and (page.is_complete or outcome.lost is not None):
+            for publication in recent:
+                if position == track.position:
+                    break
+                if publication.follows(position):
+                    self._send_missed(subscription, (publication,))
+                    position = publication.position
+        subscription.position = position
+        if position == track.position and not channel.is_stale:
+            self._join(channel, subscription, position)
+        else:
+            self._wait(channel, subscription)
+
+    async def _check(self) -> None:
+        """Compare each channel's position with the broker's once per `check_interval`, spread over that time."""
+        while True:
+            await asyncio.sleep(self._settings.check_interval / 2)
+            channels = list(self._channels.values())
+            pause = self._settings.check_interval / 2 / (len(channels) // self._settings.resync_batch + 1)
+            for index, channel in enumerate(channels):
+                if channel.is_settled and channel.track is not None and not channel.track.position.is_start:
+                    self._want(channel)
+                if index % self._settings.resync_batch == 0:
+                    await asyncio.sleep(pause)
+
+    async def _refuse(self) -> None:
+        """Refuse subscriptions that the broker has not answered within `broker_timeout`."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(0.25, self._settings.broker_timeout / 4))
+            deadline = loop.time() - self._settings.broker_timeout
+            for subscription in [item for item in self._unsettled if item.registered_at < deadline]:
+                self.unsubscribe(subscription)
+                if subscription.is_announced:
+                    subscription.send_queue.put_nowait(
+                        protocol.error(
+                            ErrorCode.UNAVAILABLE,
+                            "the broker does not answer; try again in a few seconds",
+                            channel=subscription.channel,
+                        )
+                    )
+                subscription.settle(False)
+
+
+class _Read:
+    """One channel's part in one read of history."""
+
+    __slots__ = ("channel", "since", "track_position", "waiting")
+
+    def __init__(self, channel: _Channel) -> None:
+        self.channel = channel
+        channel.is_wanted, channel.is_reading, channel.recent = False, True, []
+        self.waiting = [item for item in channel.waiting if item.send_queue.is_low]
+        self.track_position = channel.track.position if channel.track is not None else None
+        positions = [item.position for item in self.waiting] + [self.track_position]
+        self.since = min((position.offset for position in positions if position is not None), default=None)
+
+    def end(self) -> list[Publication]:
+        """Stop remembering what comes live, and return it."""
+        recent = self.channel.recent or []
+        self.channel.recent, self.channel.is_reading = None, False
+        return recent

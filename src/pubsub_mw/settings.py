@@ -1,0 +1,183 @@
+"""Hold every knob: its unit, its default, its bounds.
+
+In:     keyword arguments, else `PUBSUB_*` of the environment, else the default
+Out:    one immutable `Settings`, checked as a whole
+Owns:   the names; a setting `x` is the argument `x` and the variable `PUBSUB_X`
+Never:  lets a wrong value wait until traffic arrives; logs `secret` or the password in `url`
+
+In the environment lists are space-separated. All quantities of time are seconds.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pubsub_mw.errors import SettingsError
+
+__all__ = ["Settings"]
+
+
+def _number(default: float, minimum: float, maximum: float) -> Any:
+    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting. Build it with `Settings.build`, which also reads the environment.
+
+    Attributes:
+        url: the broker: `memory://`, `redis://`, `rediss://` or `unix://`
+        secret: signs grants and resume tokens (any text; 32 bytes or more); None = made once and
+            kept in the broker, with a warning
+        grant_public_key: PEM text of an RSA, EC or Ed25519 key that verifies grants instead of
+            `secret`; None = `secret` does
+        prefix: of every Redis key
+        origins: who may open a connection from a browser, as `scheme://host[:port]`; `*` = anybody;
+            empty = the host that the request was sent to
+        public: patterns of unprefixed channels that all may listen to
+        history_size: publications kept per channel
+        history_ttl: how long they are kept after the channel's last publication
+        private_history_size: as `history_size`, for `#connection-` channels
+        position_ttl: how long a channel's position outlives its last publication; a client that
+            comes back later than this is told that it missed something even if it did not
+        publish_timeout: after which a publisher raises instead of waiting for the broker
+        idempotency_ttl: how long an idempotency key is remembered
+        max_frame_bytes: of what a client may send in one frame
+        max_publication_bytes: of what the application may publish, as JSON
+        send_queue_bytes: live frames that may wait for one connection; beyond it the connection is
+            closed with SLOW, resumably. Recovery waits for the client and never closes it
+        recovery_page_bytes: of history read at once for a client that catches up
+        recovery_buffer: live publications of a channel remembered while its history is read; beyond
+            it the history is read once more
+        max_channels: per connection
+        max_connections_per_address: per server process; 0 = off
+        connect_timeout: for the first frame, `connect`, to come
+        ping_interval: between the server's pings
+        ping_timeout: for anything to come from the client after a ping, else NO_PONG
+        grant_grace: between the announcement that a grant expired and the close
+        resume_ttl: how long a resume token restores its connection id
+        drain: over which a stopping server spreads the closing of its connections
+        broker_timeout: for the broker to answer the realtime server
+        probe_interval: between the publications by which a realtime server proves to itself that
+            Redis delivers
+        probe_timeout: without one coming back, after which the link is given up and made anew
+        check_interval: between comparisons of each channel's position with the broker's
+        resync_batch: channels whose history is read in one round trip
+        resync_concurrency: such round trips under way at once
+    """
+
+    url: str = "memory://"
+    secret: str | None = None
+    grant_public_key: str | None = None
+    prefix: str = "pubsub"
+    origins: tuple[str, ...] = ()
+    public: tuple[str, ...] = ("*",)
+    history_size: int = _number(100, 1, 1_000_000)
+    history_ttl: float = _number(300.0, 0.001, 31_536_000)
+    private_history_size: int = _number(1_000, 1, 1_000_000)
+    position_ttl: float = _number(86_400.0, 0.001, 31_536_000)
+    publish_timeout: float = _number(2.0, 0.001, 3_600)
+    idempotency_ttl: float = _number(300.0, 0.001, 31_536_000)
+    max_frame_bytes: int = _number(65_536, 256, 1 << 30)
+    max_publication_bytes: int = _number(1 << 20, 64, 1 << 29)
+    send_queue_bytes: int = _number(1 << 20, 1_024, 1 << 34)
+    recovery_page_bytes: int = _number(1 << 18, 1_024, 1 << 30)
+    recovery_buffer: int = _number(4_096, 1, 1_000_000)
+    max_channels: int = _number(128, 1, 100_000)
+    max_connections_per_address: int = _number(0, 0, 1_000_000)
+    connect_timeout: float = _number(10.0, 0.001, 3_600)
+    ping_interval: float = _number(25.0, 0.01, 86_400)
+    ping_timeout: float = _number(8.0, 0.01, 86_400)
+    grant_grace: float = _number(10.0, 0.0, 3_600)
+    resume_ttl: float = _number(604_800.0, 1, 31_536_000)
+    drain: float = _number(25.0, 0.0, 86_400)
+    broker_timeout: float = _number(5.0, 0.01, 3_600)
+    probe_interval: float = _number(1.0, 0.01, 3_600)
+    probe_timeout: float = _number(3.0, 0.01, 3_600)
+    check_interval: float = _number(25.0, 0.01, 86_400)
+    resync_batch: int = _number(64, 1, 10_000)
+    resync_concurrency: int = _number(4, 1, 1_000)
+
+    def __post_init__(self) -> None:
+        for knob in dataclasses.fields(self):
+            if knob.metadata:
+                _check_number(knob, getattr(self, knob.name))
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", self.prefix):
+            raise SettingsError(f"prefix {self.prefix!r} must be 1 to 64 of A-Z a-z 0-9 _ . : -")
+        if self.secret is not None and not self.secret:
+            raise SettingsError("secret is empty; leave it out to have one made, or set a long random text")
+        if self.position_ttl < self.history_ttl:
+            raise SettingsError("position_ttl must be at least history_ttl, or kept history could not be recovered")
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]+", origin):
+                raise SettingsError(f"origin {origin!r} must be scheme://host or scheme://host:port, or *")
+
+    @classmethod
+    def build(cls, url: str | None = None, *, environ: Mapping[str, str] | None = None, **overrides: Any) -> "Settings":
+        """Build settings from arguments; what is not given comes from `environ` (default: `os.environ`).
+
+        Raises:
+            SettingsError: a name is unknown, or a value is of the wrong type or out of its bounds.
+        """
+        if url is not None:
+            overrides["url"] = url
+        variables = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        known = {knob.name: knob for knob in dataclasses.fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise SettingsError(f"there is no setting {name!r}; there are: {', '.join(sorted(known))}")
+        for name, knob in known.items():
+            text = variables.get("PUBSUB_" + name.upper())
+            if name in overrides:
+                values[name] = _convert(knob, overrides[name], name)
+            elif text:
+                values[name] = _convert(knob, text, "PUBSUB_" + name.upper())
+        return cls(**values)
+
+    def overrides(self) -> dict[str, Any]:
+        """Return every setting as an argument, to build the same settings elsewhere."""
+        return {knob.name: getattr(self, knob.name) for knob in dataclasses.fields(self)}
+
+    @property
+    def safe_url(self) -> str:
+        """`url` without its password, for logs and error texts."""
+        parts = urlsplit(self.url)
+        if parts.password is None:
+            return self.url
+        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}"))
+
+
+def _convert(knob: "dataclasses.Field[Any]", value: object, name: str) -> object:
+    if knob.type == tuple[str, ...]:
+        if isinstance(value, str):
+            return tuple(value.split())
+        if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise SettingsError(f"{name} must be a list of texts, or one text with spaces between them")
+    if knob.type in (int, float):
+        if isinstance(value, str):
+            try:
+                return knob.type(value.replace("_", ""))
+            except ValueError:
+                raise SettingsError(f"{name}={value!r} is not a number") from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SettingsError(f"{name} must be a number, not {type(value).__name__}")
+        if knob.type is int and value != int(value):
+            raise SettingsError(f"{name}={value!r} must be a whole number")
+        return knob.type(value)
+    if value is None and knob.default is None:
+        return None
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} must be a text, not {type(value).__name__}")
+    return value
+
+
+def _check_number(knob: "dataclasses.Field[Any]", value: float) -> None:
+    low, high = knob.metadata["minimum"], knob.metadata["maximum"]
+    if not low <= value <= high:
+        raise SettingsError(f"{knob.name}={value} is out of bounds; it may be {low:g} to {high:g}")
