@@ -20,6 +20,7 @@ __all__ = [
     "BrokerUnavailable",
     "ChannelError",
     "CloseCode",
+    "ConnectFailed",
     "ConnectionClosed",
     "ErrorCode",
     "FrameError",
@@ -166,6 +167,10 @@ class SubscriptionRefused(PubSubError):
         super().__init__(f"{channel}: {message} ({code})")
         self.channel = channel
         self.code = code
+
+
+class ConnectFailed(PubSubError):
+    """No realtime server answered the Python client in time."""
 
 
 class ConnectionClosed(PubSubError):

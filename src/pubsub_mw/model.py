@@ -109,11 +109,17 @@ def compile_patterns(patterns: Sequence[str]) -> Callable[[str], bool]:
     """Return a test for whether a text matches one of `patterns` as a whole; `*` stands for any text, `/` included."""
     if not patterns:
         return lambda _text: False
-    alternatives = (
-        "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", p)) for p in patterns
-    )
-    expression = re.compile(f"(?:{'|'.join(alternatives)})\\Z", re.DOTALL)
+    expression = re.compile(f"(?:{'|'.join(map(_expression, patterns))})\\Z", re.DOTALL)
     return lambda text: expression.match(text) is not None
+
+
+def _expression(pattern: str) -> str:
+    first, *parts = map(re.escape, pattern.split("*"))
+    if not parts:
+        return first
+    # Atomic groups: each part is taken where it first fits and never tried further on, which would find nothing more
+    # and take time without bound. The last one has to end the text.
+    return first + "".join(f"(?>.*?{part})" for part in parts[:-1]) + ".*" + parts[-1]
 
 
 @dataclass(frozen=True, slots=True)

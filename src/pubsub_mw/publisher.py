@@ -29,8 +29,9 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
-from pubsub_mw.broker.engines import open_async_broker, open_broker
-from pubsub_mw.broker.interface import AsyncBroker
+from pubsub_mw.broker.engines import current_stand_in, open_async_broker, open_broker
+from pubsub_mw.broker.interface import AsyncBroker, Broker
+from pubsub_mw.broker.memory import AsyncMemoryBroker
 from pubsub_mw.errors import BrokerUnavailable, PublicationTooLarge, PublishError
 from pubsub_mw.grants import sign_grant
 from pubsub_mw.model import CONNECTION_PREFIX, Draft, Position, check_channel
@@ -59,8 +60,12 @@ class Publisher:
 
     def __init__(self, url: str | None = None, **settings: Any) -> None:
         self.settings = Settings.build(url, **settings)
-        self._broker = open_broker(self.settings)
+        self._engine = open_broker(self.settings)
         self._secret = self.settings.secret
+
+    @property
+    def _broker(self) -> Broker:
+        return current_stand_in() or self._engine
 
     def publish(
         self,
@@ -188,6 +193,9 @@ class AsyncPublisher:
         self._brokers: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncBroker] = WeakKeyDictionary()
 
     def _broker(self) -> AsyncBroker:
+        substitute = current_stand_in()
+        if substitute is not None:
+            return AsyncMemoryBroker(substitute)
         # Connections belong to the loop they were made on: `asyncio.run` twice in one process is two loops.
         loop = asyncio.get_running_loop()
         if loop not in self._brokers:

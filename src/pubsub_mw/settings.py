@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from pubsub_mw.errors import SettingsError
 
@@ -110,6 +109,10 @@ class Settings:
             raise SettingsError(f"prefix {self.prefix!r} must be 1 to 64 of A-Z a-z 0-9 _ . : -")
         if self.secret is not None and not self.secret:
             raise SettingsError("secret is empty; leave it out to have one made, or set a long random text")
+        if self.secret is not None and "-----BEGIN" in self.secret:
+            raise SettingsError(
+                "secret is a key in PEM; a public key goes into grant_public_key, a secret is random text"
+            )
         if self.position_ttl < self.history_ttl:
             raise SettingsError("position_ttl must be at least history_ttl, or kept history could not be recovered")
         for origin in self.origins:
@@ -145,11 +148,9 @@ class Settings:
 
     @property
     def safe_url(self) -> str:
-        """`url` without its password, for logs and error texts."""
-        parts = urlsplit(self.url)
-        if parts.password is None:
-            return self.url
-        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}"))
+        """`url` without its password, for logs and error texts; also where the url is malformed."""
+        hidden = re.sub(r"(://[^:/?#@]*:).*@", r"\1***@", self.url, flags=re.DOTALL)
+        return re.sub(r"([?&][^=&#]*password=)[^&#]*", r"\1***", hidden)
 
 
 def _convert(knob: "dataclasses.Field[Any]", value: object, name: str) -> object:
@@ -167,9 +168,12 @@ def _convert(knob: "dataclasses.Field[Any]", value: object, name: str) -> object
                 raise SettingsError(f"{name}={value!r} is not a number") from None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise SettingsError(f"{name} must be a number, not {type(value).__name__}")
-        if knob.type is int and value != int(value):
+        if knob.type is int and isinstance(value, float) and not value.is_integer():
             raise SettingsError(f"{name}={value!r} must be a whole number")
-        return knob.type(value)
+        try:
+            return knob.type(value)
+        except OverflowError:
+            raise SettingsError(f"{name} is too large a number") from None
     if value is None and knob.default is None:
         return None
     if not isinstance(value, str):

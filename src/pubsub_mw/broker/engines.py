@@ -2,16 +2,19 @@
 
 In:     settings
 Out:    a broker for threads, or one for an event loop
-Owns:   the schemes
+Owns:   the schemes; the stand-in that a test puts before every engine of the process
 Never:  imports Redis for a process that uses memory
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from pubsub_mw.broker.interface import AsyncBroker, Broker
-from pubsub_mw.broker.memory import AsyncMemoryBroker, memory_broker
+from pubsub_mw.broker.memory import AsyncMemoryBroker, MemoryBroker, memory_broker
 from pubsub_mw.errors import SettingsError
 from pubsub_mw.settings import Settings
 
-__all__ = ["open_async_broker", "open_broker"]
+__all__ = ["current_stand_in", "open_async_broker", "open_broker", "stand_in"]
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
@@ -51,3 +54,24 @@ def _scheme(settings: Settings) -> str:
     raise SettingsError(
         f"url {settings.safe_url!r} names no broker; use memory://, redis://host:6379/0, rediss:// or unix://"
     )
+
+
+_stand_in: MemoryBroker | None = None
+
+
+@contextlib.contextmanager
+def stand_in(broker: MemoryBroker) -> Iterator[None]:
+    """Let every publisher of the process use `broker`, whatever its url. For `pubsub_mw.testing`."""
+    global _stand_in
+    if _stand_in is not None:
+        raise RuntimeError("another capture is open; they cannot be nested")
+    _stand_in = broker
+    try:
+        yield
+    finally:
+        _stand_in = None
+
+
+def current_stand_in() -> MemoryBroker | None:
+    """Return the broker that stands in for all, or None."""
+    return _stand_in

@@ -2,7 +2,8 @@
 
 In:     ASGI scopes below the mount
 Out:    WebSockets served; `client.js`, `client.d.ts`, `health`
-Owns:   the broker, the hub and the task that runs it, per event loop
+Owns:   the broker, the hub and the task that runs it, per event loop; the drain, also on SIGTERM where the server
+        gives a lifespan
 Never:  needs a lifespan: a mounted app gets none, so everything starts on first use
 """
 
@@ -11,11 +12,13 @@ import contextlib
 import hashlib
 import logging
 import random
+import signal
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from importlib.resources import files
+from types import FrameType
 from typing import Any
-from weakref import WeakSet
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -35,14 +38,12 @@ from pubsub_mw.realtime.origin import refuse_origin
 from pubsub_mw.realtime.websocket import deny, serve_websocket
 from pubsub_mw.settings import Settings
 
-__all__ = ["Realtime", "drain_all"]
+__all__ = ["Realtime"]
 
 log = logging.getLogger("pubsub_mw")
 
 _RESTART_SECONDS = 1.0
 """Between the death of the hub, which is a fault of ours, and its next start."""
-
-_all: "WeakSet[Realtime]" = WeakSet()
 
 
 class Realtime(Starlette):
@@ -61,6 +62,7 @@ class Realtime(Starlette):
         self._running: _Running | None = None
         self._starting = asyncio.Lock()
         self._is_draining = False
+        self._drain_task: asyncio.Task[None] | None = None
         self._per_address: Counter[str] = Counter()
         static = files("pubsub_mw").joinpath("static")
         super().__init__(
@@ -73,7 +75,6 @@ class Realtime(Starlette):
             ],
             lifespan=self._lifespan,
         )
-        _all.add(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket") and scope["path"] == scope.get("root_path", ""):
@@ -128,10 +129,32 @@ class Realtime(Starlette):
             await self.start()
         except BrokerUnavailable as error:
             log.error("%s; connections are refused until it answers", error)
+        self._drain_on_sigterm()
         try:
             yield
         finally:
             await self.stop()
+
+    def _drain_on_sigterm(self) -> None:
+        """Put a drain before what the server does on SIGTERM: uvicorn closes all sockets at once, with no reason."""
+        server = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread() or not callable(server):
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_sigterm(number: int, frame: FrameType | None) -> None:
+            if self._is_draining:
+                server(number, frame)  # a second signal: somebody is in a hurry
+            else:
+                self._is_draining = True
+                loop.call_soon_threadsafe(begin)
+
+        def begin() -> None:
+            # A drain that fails must not keep the server from stopping.
+            self._drain_task = loop.create_task(self.drain())
+            self._drain_task.add_done_callback(lambda _: server(signal.SIGTERM, None))
+
+        signal.signal(signal.SIGTERM, on_sigterm)
 
     async def _websocket(self, websocket: WebSocket) -> None:
         handshake = Handshake.from_scope(websocket.scope)
@@ -238,8 +261,3 @@ class _Static:
 async def _hint(_request: Request) -> Response:
     text = "This is a realtime endpoint: open a WebSocket here, or import connect from ./client.js\n"
     return PlainTextResponse(text, 426, {"upgrade": "websocket", "connection": "upgrade"})
-
-
-async def drain_all(seconds: float | None = None) -> None:
-    """Drain every `Realtime` of this process. For whoever runs the server and gets its signals."""
-    await asyncio.gather(*(realtime.drain(seconds) for realtime in list(_all)))

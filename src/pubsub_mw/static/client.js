@@ -171,7 +171,6 @@ export function connect(url, options = {}) {
     asked.clear();
     clearTimeout(timer);
     clearTimeout(resubscribeTimer);
-    resubscribeTimer = 0;
   }
 
   function reconnect(retrySeconds = 0) {
@@ -299,8 +298,8 @@ export function connect(url, options = {}) {
       own.set(name, position);
       return ownListeners;
     }
-    const { channel, subscribed } = asked.get(name) ?? {};
-    if (!channel || !subscribed) return new Set();
+    const channel = asked.get(name)?.channel;
+    if (!channel) return new Set();
     channel.position = position;
     return channel.listeners;
   }
@@ -348,7 +347,6 @@ export function connect(url, options = {}) {
 
   /** @param {string} name */
   function retire(name) {
-    if (asked.get(name)?.channel) return;
     asked.delete(name);
     settle(name);
   }

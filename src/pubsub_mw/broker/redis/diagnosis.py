@@ -1,0 +1,159 @@
+"""Find out whether a Redis server will do, and say what to do where it will not.
+
+In:     settings
+Out:    findings, each as soon as it is known
+Owns:   the checks of `pubsub-mw doctor`
+Never:  changes the server: it writes one channel of its own, which expires
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pubsub_mw.broker.redis.reader import AsyncRedisBroker
+from pubsub_mw.errors import BrokerUnavailable
+from pubsub_mw.model import Channel, Draft, Publication
+from pubsub_mw.protocol import message_head
+from pubsub_mw.settings import Settings
+
+__all__ = ["Finding", "Level", "diagnose"]
+
+_OLDEST = (6, 2)
+_ROUND_TRIPS = 20
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    FAULT = "fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check's result; `cure` says what to do, empty where nothing is to be done."""
+
+    level: Level
+    text: str
+    cure: str = ""
+
+
+async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
+    """Check the server at `settings.url`, from the outside in; stop where nothing further can work."""
+    broker = AsyncRedisBroker(settings)
+    try:
+        try:
+            info = _parse(await broker.command("INFO"))
+        except BrokerUnavailable as error:
+            yield Finding(
+                Level.FAULT, str(error), "start Redis, or correct PUBSUB_URL (host, port, password, database)"
+            )
+            return
+        yield _version(info)
+        yield _policy(info)
+        yield _persistence(info)
+        yield _role(info)
+        try:
+            yield await _round_trip(broker, settings)
+        except (BrokerUnavailable, TimeoutError) as error:
+            yield Finding(
+                Level.FAULT,
+                f"a publication did not come back: {str(error) or 'nothing within broker_timeout'}",
+                f"allow this user EVALSHA, EVAL, PUBLISH and SUBSCRIBE on {settings.prefix}:* (ACL SETUSER)",
+            )
+    finally:
+        await broker.close()
+
+
+def _parse(info: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in info.decode("utf-8", "replace").splitlines() if ":" in line)
+    return {name: value for name, _, value in lines}
+
+
+def _version(info: dict[str, str]) -> Finding:
+    version = info.get("redis_version", "0")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < _OLDEST:
+        return Finding(Level.FAULT, f"Redis {version} is too old", "use Redis 6.2 or newer, with its latest patches")
+    return Finding(Level.OK, f"Redis {version} answers")
+
+
+def _policy(info: dict[str, str]) -> Finding:
+    policy, limit = info.get("maxmemory_policy", "unknown"), int(info.get("maxmemory", "0"))
+    if policy == "noeviction":
+        return Finding(Level.OK, "maxmemory-policy is noeviction: no history is thrown away")
+    if not limit:
+        return Finding(Level.OK, f"maxmemory-policy is {policy}, but maxmemory is not set: nothing is evicted")
+    return Finding(
+        Level.WARNING,
+        f"maxmemory-policy is {policy}: Redis may throw away positions, and clients are then told of gaps",
+        "CONFIG SET maxmemory-policy noeviction, and watch used_memory",
+    )
+
+
+def _persistence(info: dict[str, str]) -> Finding:
+    if info.get("aof_enabled") == "1":
+        return Finding(Level.OK, "persistence is on (AOF): history survives a restart")
+    return Finding(
+        Level.OK, "without AOF a restart of Redis loses history; clients are told, and live delivery goes on"
+    )
+
+
+def _role(info: dict[str, str]) -> Finding:
+    if info.get("role") == "master":
+        return Finding(Level.OK, "it is a primary: it can be published to")
+    return Finding(Level.FAULT, "it is a replica: publishing to it fails", "point PUBSUB_URL at the primary")
+
+
+async def _round_trip(broker: AsyncRedisBroker, settings: Settings) -> Finding:
+    """Publish and wait for what is delivered, over the same two links a server uses."""
+    listener = _Ear()
+    subscriber = broker.subscriber(listener)
+    channel = Channel(f"doctor:{secrets.token_hex(8)}")
+    link = asyncio.create_task(subscriber.run())
+    try:
+        async with asyncio.timeout(settings.broker_timeout):
+            subscriber.subscribe(channel)
+            await listener.subscribed.wait()
+            times = []
+            for _ in range(_ROUND_TRIPS):
+                began = time.perf_counter()
+                await broker.publish([_draft(channel)])
+                await listener.heard.get()
+                times.append(time.perf_counter() - began)
+    finally:
+        link.cancel()
+        await asyncio.gather(link, return_exceptions=True)
+    median = sorted(times)[_ROUND_TRIPS // 2] * 1_000
+    return Finding(Level.OK, f"published and delivered {_ROUND_TRIPS} times, in {median:.1f} ms (median)")
+
+
+def _draft(channel: Channel) -> Draft:
+    return Draft(
+        channel=channel,
+        tag=secrets.token_hex(4),
+        head=message_head(channel, "message", b"null"),
+        exclude="",
+        idempotency_key="",
+        history_size=1,
+        is_kept=True,
+    )
+
+
+class _Ear:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.subscribed = asyncio.Event()
+        self.heard: asyncio.Queue[Any] = asyncio.Queue(_ROUND_TRIPS)
+
+    def on_publication(self, channel: str, publication: Publication) -> None:  # noqa: ARG002 - one channel only
+        self.heard.put_nowait(publication)
+
+    def on_subscribed(self, channel: str) -> None:  # noqa: ARG002 - one channel only
+        self.subscribed.set()
+
+    def on_lost(self) -> None:
+        self.subscribed.clear()
