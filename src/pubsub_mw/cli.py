@@ -89,6 +89,7 @@ _proxy_option = click.option(
 @_host_option
 @click.option("--port", type=int, default=8000, show_default=True, help="0 = any free one.")
 @click.option("--reload", is_flag=True, help="Start again when a source file changes (development).")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes; needs Redis.")
 @_drain_option
 @_proxy_option
 def serve(
@@ -97,6 +98,7 @@ def serve(
     host: str,
     port: int,
     reload: bool,
+    workers: int,
     drain: float | None,
     forwarded_allow_ips: str | None,
 ) -> None:
@@ -109,12 +111,16 @@ def serve(
         os.environ.setdefault("PUBSUB_SECRET", secrets.token_hex(32))
         os.environ.setdefault("PUBSUB_DRAIN", "0")
     settings = _prepare(url, drain)
+    if workers > 1 and reload:
+        raise click.UsageError("--reload works with one process")
+    if workers > 1 and settings.url.startswith("memory:"):
+        raise click.UsageError("processes meet only in Redis; set PUBSUB_URL or --url to redis://...")
     os.environ[_APP_VARIABLE] = app
     if not reload:
         load_app(app)
     listener = _bind(host, port)
     _announce(listener)
-    _run("pubsub_mw.cli:serving", settings, listener, forwarded_allow_ips, reload=reload, factory=True)
+    _run("pubsub_mw.cli:serving", settings, listener, forwarded_allow_ips, workers=workers, reload=reload, factory=True)
 
 
 @main.command()

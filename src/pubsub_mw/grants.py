@@ -27,6 +27,8 @@ __all__ = ["GrantVerifier", "Resume", "sign_grant", "sign_resume", "verify_resum
 
 _UNTIMED = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False, "verify_sub": False}
 
+_P256 = ec.SECP256R1()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
@@ -100,7 +102,7 @@ class GrantVerifier:
                 algorithms=self._algorithms,
                 options={**_UNTIMED, "require": ["exp"]},  # type: ignore[arg-type]
             )
-        except jwt.InvalidTokenError as error:
+        except (jwt.InvalidTokenError, UnicodeEncodeError) as error:
             raise GrantError(f"the grant is not valid: {error}") from error
         grant = _grant_from(claims)
         not_before = claims.get("nbf", now)
@@ -140,7 +142,7 @@ def verify_resume(secret: str, token: str, *, now: float) -> Resume:
     """
     try:
         claims = jwt.decode(token, _resume_key(secret), algorithms=["HS256"], options=_UNTIMED)  # type: ignore[arg-type]
-    except jwt.InvalidTokenError as error:
+    except (jwt.InvalidTokenError, UnicodeEncodeError) as error:
         raise GrantError(f"the resume token is not valid: {error}") from error
     if claims["exp"] <= now:
         raise GrantExpired("the resume token is too old")
@@ -199,6 +201,6 @@ def _load_public_key(text: str) -> tuple[Any, list[str]]:
         (ec.EllipticCurvePublicKey, "ES256"),
         (ed25519.Ed25519PublicKey, "EdDSA"),
     ):
-        if isinstance(key, kind):
+        if isinstance(key, kind) and getattr(key, "curve", _P256).name == _P256.name:
             return key, [algorithm]
     raise SettingsError("grant_public_key must be an RSA, EC P-256 or Ed25519 key")

@@ -23,7 +23,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -67,7 +67,6 @@ class Realtime(Starlette):
         static = files("pubsub_mw").joinpath("static")
         super().__init__(
             routes=[
-                WebSocketRoute("/", self._websocket),
                 Route("/", _hint),
                 Route("/health", self._health),
                 Route("/client.js", _Static(static.joinpath("client.js").read_bytes(), "text/javascript")),
@@ -77,9 +76,12 @@ class Realtime(Starlette):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and scope["path"] == scope.get("root_path", ""):
-            scope = {**scope, "path": scope["path"] + "/"}  # the mount itself, without a closing slash
-        await super().__call__(scope, receive, send)
+        if scope["type"] == "websocket":
+            # Whatever path led here: a `Mount` passes on only what comes below its closing slash, so an app that wants
+            # the mount itself too adds `WebSocketRoute("/realtime", realtime)`.
+            await self._websocket(WebSocket(scope, receive, send))
+        else:
+            await super().__call__(scope, receive, send)
 
     async def start(self) -> "_Running":
         """Start what connections share, once per event loop; later calls return at once.

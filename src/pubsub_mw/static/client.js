@@ -249,12 +249,9 @@ export function connect(url, options = {}) {
       resume = token;
       realtime.connection = connection;
       realtime.user = user;
-      for (const name of own.keys()) {
-        if (name !== `#connection-${connection}` && name !== `#user-${user}`) own.delete(name);
-      }
       become("connected");
       settleAll();
-      if (before && before !== connection) lose({ channel: `#connection-${before}`, position: null }, ownListeners);
+      if (before && before !== connection) forget(before);
     },
 
     disconnect: ({ code, reason, retry }) => end(code, reason, retry),
@@ -304,6 +301,15 @@ export function connect(url, options = {}) {
     return channel.listeners;
   }
 
+  /** @param {string} before a connection that was not resumed, so that what came for it meanwhile is lost */
+  function forget(before) {
+    own.set(`#connection-${before}`, null);
+    for (const channel of own.keys()) {
+      own.delete(channel);
+      lose({ channel, position: null }, ownListeners);
+    }
+  }
+
   /**
    * @param {{ channel: string, position: string | null, reason?: string }} frame
    * @param {Set<Listener>} listeners
@@ -326,7 +332,7 @@ export function connect(url, options = {}) {
     if (!callbacks.error.size && ![...listeners].some((listener) => listener.onError)) report(error);
   }
 
-  /** @param {string} name */
+  /** @param {string} name Ask the server for what it lacks to be what the page wants. */
   function settle(name) {
     const channel = channels.get(name);
     const held = asked.get(name);
