@@ -12,6 +12,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,7 @@ from pubsub_mw.middleware import PubSub
 from pubsub_mw.model import Draft, Position
 from pubsub_mw.publisher import AsyncPublisher, build_draft
 from pubsub_mw.realtime.app import Realtime
+from pubsub_mw.worker import Worker
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
@@ -37,7 +39,7 @@ log = logging.getLogger("pubsub_mw")
 
 MOUNT = "/realtime"
 _THREADS = 40
-"""WSGI requests run at once, each in a thread of its own; further ones wait. anyio's default for threads."""
+"""HTTP requests run at once, each in a thread of its own; further ones wait. anyio's default for threads."""
 
 
 def with_realtime(app: "ASGIApp | WSGIApplication", *, url: str | None = None, **settings: Any) -> ASGIApp:
@@ -55,15 +57,18 @@ def with_realtime(app: "ASGIApp | WSGIApplication", *, url: str | None = None, *
         SettingsError: a setting is wrong.
         TypeError: `app` is neither.
     """
-    realtime = Realtime(url, **settings)
     if not callable(app):
         raise TypeError(f"{app!r:.100} is neither a WSGI nor an ASGI app: it cannot be called")
+    if "requests" not in settings and not os.environ.get("PUBSUB_REQUESTS"):
+        settings["requests"] = "/*"  # the app is exposed here anyway
+    realtime = Realtime(url, **settings)
     if is_asgi(app):
-        return _WithRealtime(realtime, _AsyncPubSub(cast(ASGIApp, app), url, **settings), has_lifespan=True)
+        asgi_app = _AsyncPubSub(cast(ASGIApp, app), url, **settings)
+        return _WithRealtime(realtime, asgi_app, Worker(asgi_app, url, is_asgi=True, threads=_THREADS, **settings))
     wsgi_app = cast("WSGIApplication", app)
     if not isinstance(app, PubSub):
         wsgi_app = PubSub(wsgi_app, url, **settings)
-    return _WithRealtime(realtime, _WsgiApp(wsgi_app), has_lifespan=False)
+    return _WithRealtime(realtime, _WsgiApp(wsgi_app), Worker(wsgi_app, url, threads=_WORKER_THREADS, **settings))
 
 
 def is_asgi(app: object) -> bool:
@@ -86,7 +91,7 @@ def is_asgi(app: object) -> bool:
 def __getattr__(name: str) -> Any:
     """Build `app` when it is first asked for, so that importing this module reads no environment."""
     if name == "app":
-        globals()["app"] = _WithRealtime(Realtime(), _not_here, has_lifespan=False)
+        globals()["app"] = _WithRealtime(Realtime(), _not_here, None)
         return globals()["app"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -96,16 +101,22 @@ async def _not_here(scope: Scope, receive: Receive, send: Send) -> None:
     await PlainTextResponse(text, 404)(scope, receive, send)
 
 
+_WORKER_THREADS = 8
+"""Requests that came through connections, run at once by a WSGI app."""
+
+
 class _WithRealtime:
     """The two apps side by side."""
 
-    def __init__(self, realtime: Realtime, app: ASGIApp, *, has_lifespan: bool) -> None:
+    def __init__(self, realtime: Realtime, app: ASGIApp, worker: Worker | None) -> None:
         self.realtime = realtime
         self._app = app
-        self._has_lifespan = has_lifespan
+        self._worker = worker
+        self._worker_thread: threading.Thread | None = None
         self._router = Router(routes=[Mount(MOUNT, realtime)], default=app, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._start_worker()
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
             return
@@ -113,19 +124,31 @@ class _WithRealtime:
             scope = {**scope, "path": scope["path"] + "/"}
         await self._router(scope, receive, send)
 
+    def _start_worker(self) -> None:
+        """Start the worker in threads of its own, once; on first use, since a mounted app gets no lifespan."""
+        if self._worker is not None and self._worker_thread is None:
+            self._worker.use_loop(asyncio.get_running_loop())
+            self._worker_thread = threading.Thread(target=self._worker.run, name="worker", daemon=True)
+            self._worker_thread.start()
+
+    async def _stop_worker(self) -> None:
+        if self._worker is not None and self._worker_thread is not None:
+            self._worker.stop()
+            await asyncio.to_thread(self._worker_thread.join)
+
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Start and stop the realtime endpoint beside an app's own lifespan."""
-        if not self._has_lifespan:
-            await self.realtime(scope, receive, send)
-            return
+        """Start and stop the realtime endpoint and the worker beside an ASGI app's own lifespan."""
+        is_shared = isinstance(self._app, _AsyncPubSub)
 
         async def receive_both() -> Message:
             message = await receive()
             if message["type"] == "lifespan.shutdown":
-                await self.realtime.stop()
+                await self._stop_worker()
+                if is_shared:
+                    await self.realtime.stop()
             return message
 
-        await self._app(scope, receive_both, send)
+        await (self._app if is_shared else self.realtime)(scope, receive_both, send)
 
 
 class _WsgiApp:
@@ -218,7 +241,8 @@ class _AsyncPubSub:
             await self._app(scope, receive, send)
             return
         publish = AsyncRequestPublisher(self._publisher)
-        scope = {**scope, "pubsub.publish": publish, "pubsub.publisher": self._publisher, "pubsub.connection": None}
+        scope = {"pubsub.connection": None, **scope}
+        scope |= {"pubsub.publish": publish, "pubsub.publisher": self._publisher}
 
         async def note_status(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":

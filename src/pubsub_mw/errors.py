@@ -68,6 +68,9 @@ class ErrorCode(StrEnum):
     GRANT_EXPIRED = "grant_expired"  # the grant is past its `exp`; send a fresh one in `grant`
     UNAVAILABLE = "unavailable"  # the broker did not answer; try again
     UNSUPPORTED = "unsupported"  # this server does not do that
+    BUSY = "busy"  # the request queue, or this connection's backlog, is full; try again later
+    CANCELLED = "cancelled"  # the request was cancelled before it was begun
+    EXPIRED = "expired"  # the request was answered, and the answer is no longer kept
     TOO_LARGE = "too_large"  # over a limit of bytes
 
 

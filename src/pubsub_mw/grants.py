@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pubsub_mw.errors import ChannelError, GrantError, GrantExpired, SettingsError
 from pubsub_mw.model import ConnectionId, Grant, Position, channel_of_user
 
-__all__ = ["GrantVerifier", "Resume", "sign_grant", "sign_resume", "verify_resume"]
+__all__ = ["GrantVerifier", "Resume", "queue_key", "sign_grant", "sign_resume", "verify_resume"]
 
 _UNTIMED = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False, "verify_sub": False}
 
@@ -152,6 +152,11 @@ def verify_resume(secret: str, token: str, *, now: float) -> Resume:
         user_position=Position.parse(claims["at"]) if "at" in claims else None,
         issued_at=claims["iat"],
     )
+
+
+def queue_key(secret: str) -> bytes:
+    """Return the key that signs what waits in the request queue: write access to the broker is not enough."""
+    return hmac.new(secret.encode(), b"pubsub-mw request", hashlib.sha256).digest()
 
 
 def _resume_key(secret: str) -> str:

@@ -26,6 +26,8 @@ __all__ = [
     "HistoryPage",
     "Position",
     "Publication",
+    "Request",
+    "RequestConnection",
     "channel_of_connection",
     "channel_of_user",
     "check_channel",
@@ -184,6 +186,8 @@ class Draft:
     idempotency_key: str
     history_size: int
     is_kept: bool
+    reply: str = ""
+    """`>` + a request's id where its answer begins, `-` where it goes on, `.` where it is complete; else ""."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +198,15 @@ class Publication:
         position: its place
         previous_tag: the tag of the publication one offset before
         exclude: the connection that shall not get it, or ""
-        frame: the finished `message` frame as UTF-8 JSON; b"" in history when it was not kept
+        frame: the finished frame as UTF-8 JSON; b"" in history when it was not kept
+        reply: as in `Draft`
     """
 
     position: Position
     previous_tag: str
     exclude: str
     frame: bytes
+    reply: str = ""
 
     def follows(self, position: Position) -> bool:
         """Whether this is exactly the next publication after `position`."""
@@ -266,6 +272,10 @@ class Handshake:
         """Return every value of header `name` (lower case)."""
         return [value for key, value in self.headers if key == name]
 
+    def first(self, name: str) -> str | None:
+        """Return the first value of header `name` (lower case), or None."""
+        return next((value for key, value in self.headers if key == name), None)
+
     @classmethod
     def from_scope(cls, scope: Mapping[str, object]) -> "Handshake":
         """Read it from an ASGI scope. Source: ASGI spec, "HTTP & WebSocket ASGI Message Format"."""
@@ -277,3 +287,53 @@ class Handshake:
             scheme="https" if scope.get("scheme") in ("https", "wss") else "http",
             address=str(client[0]) if isinstance(client, (list, tuple)) else "",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestConnection:
+    """`environ["pubsub.connection"]`: where a request came from when it came through a connection.
+
+    Attributes:
+        id: of the connection; give it to `exclude` to leave the sender out
+        user: who the connection's grant says it is, or None
+        transport: `websocket`
+        message_id: the id that the client gave the request; the same when it is sent again
+        delivery_count: 1, or more when a worker died while it ran this request
+    """
+
+    id: ConnectionId
+    user: str | None
+    transport: str
+    message_id: str
+    delivery_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Request:
+    """What a client asks the application, on its way through the queue. Holds cookies: never logged.
+
+    Attributes:
+        connection: who asks
+        user: who the connection's grant says it is, or None
+        transport: `websocket`
+        id: chosen by the client, unique on its connection
+        method: in capitals
+        path: decoded, without the query string
+        query: as sent, without "?"
+        headers: those that a client may choose, lower-case names
+        body: bytes
+        handshake: of the connection
+        reply_to: the channel that the answer is published to
+    """
+
+    connection: ConnectionId
+    user: str | None
+    transport: str
+    id: str
+    method: str
+    path: str
+    query: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    handshake: Handshake
+    reply_to: Channel

@@ -16,6 +16,10 @@ A client sends:
 `unsubscribe`   `channel`
 `publish`       `channel`, `data` (any JSON), `event` (text, optional, default "message"), `id` (text, optional:
                 comes back in an `error`). Straight to a channel, where a grant's `publish` allows it
+`request`       `id` (text: 1 to 64 of `A-Za-z0-9_.:-`, unique on the connection; the same when it is sent again),
+                `method`, `path` (with its query string), `headers` (object of texts, optional), `body` (text,
+                optional), `encoding` ("base64" where the body is bytes, optional)
+`cancel`        `id` of a request: its answer is not wanted any more
 `grant`         `grant` (text): refreshes the permission before it expires
 `pong`          the answer to `ping`
 
@@ -26,6 +30,11 @@ The server sends:
                 where they start; false = what was missed could not be told, go on from `position`; null = no
                 position was given
 `message`       `channel`, `event`, `data`, `position`. In offset order; each at most once on a connection
+`response`      `id`, `status`, `headers` (object), `body` (text), `encoding` ("base64" where the body is bytes),
+                `position`: the answer to a request. On the connection's own channel, so it survives a reconnect
+`response_start`, `response_chunk`, `response_end`  the same in parts, for a view that streams: `status` and
+                `headers`; then `body` (and `encoding`) each; then `error` (text) where it broke off; each with
+                `id` and `position`
 `gap`           `channel`, `position`, `reason`: continuity was lost while live. Fetch the state anew, go on from
                 `position`. Reasons: `epoch` (the broker lost the channel), `ahead` (the broker fell behind what was
                 received), `forked` (it holds other publications under the same offsets), `trimmed` (what was
@@ -38,6 +47,8 @@ The server sends:
 A position is text that only a server makes; a client hands back the last one it received.
 """
 
+import base64
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +60,13 @@ from pubsub_mw.model import Position
 
 __all__ = [
     "PING",
+    "Cancel",
     "Command",
     "Connect",
     "Pong",
     "Publish",
     "RefreshGrant",
+    "RequestFrame",
     "Subscribe",
     "Unsubscribe",
     "connected",
@@ -63,6 +76,10 @@ __all__ = [
     "gap",
     "message_head",
     "message_tail",
+    "response_chunk_head",
+    "response_end_head",
+    "response_head",
+    "response_start_head",
     "subscribed",
     "unsubscribed",
 ]
@@ -96,6 +113,20 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFrame:
+    id: str
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RefreshGrant:
     grant: str
 
@@ -105,7 +136,9 @@ class Pong:
     pass
 
 
-Command = Connect | Subscribe | Unsubscribe | Publish | RefreshGrant | Pong
+Command = Connect | Subscribe | Unsubscribe | Publish | RequestFrame | Cancel | RefreshGrant | Pong
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}\Z")
 
 
 def decode_command(text: str | bytes) -> Command:
@@ -170,6 +203,37 @@ def _publish(frame: dict[str, Any]) -> Publish:
     )
 
 
+def _request(frame: dict[str, Any]) -> RequestFrame:
+    request_id = _request_id(frame)
+    headers = frame.get("headers")
+    if headers is None:
+        headers = {}
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+        raise _wrong(frame, "headers", "an object of texts", headers)
+    body = _optional_text(frame, "body") or ""
+    encoding = _optional_text(frame, "encoding")
+    if encoding not in (None, "base64"):
+        raise _wrong(frame, "encoding", 'absent or "base64"', encoding)
+    try:
+        content = body.encode() if encoding is None else base64.b64decode(body, validate=True)
+    except ValueError:
+        raise _wrong(frame, "body", "base64, as its encoding says", body) from None
+    return RequestFrame(
+        id=request_id, method=_text(frame, "method"), path=_text(frame, "path"), headers=headers, body=content
+    )
+
+
+def _cancel(frame: dict[str, Any]) -> Cancel:
+    return Cancel(id=_request_id(frame))
+
+
+def _request_id(frame: dict[str, Any]) -> str:
+    request_id = _text(frame, "id")
+    if not _REQUEST_ID.match(request_id):
+        raise _wrong(frame, "id", "1 to 64 of A-Z a-z 0-9 _ . : -", request_id)
+    return request_id
+
+
 def _refresh(frame: dict[str, Any]) -> RefreshGrant:
     return RefreshGrant(grant=_text(frame, "grant"))
 
@@ -183,6 +247,8 @@ _DECODERS: dict[str, Callable[[dict[str, Any]], Command]] = {
     "subscribe": _subscribe,
     "unsubscribe": _unsubscribe,
     "publish": _publish,
+    "request": _request,
+    "cancel": _cancel,
     "grant": _refresh,
     "pong": _pong,
 }
@@ -243,7 +309,39 @@ def message_head(channel: str, event: str, data: bytes) -> bytes:
 
 
 message_tail = b'"}'
-"""What closes a `message` frame after its position."""
+"""What closes a frame after its position."""
+
+
+def response_head(request_id: str, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
+    """Return a `response` frame up to its position."""
+    start = {"type": "response", "id": request_id, "status": status, "headers": headers, **_body(body)}
+    return _head(start)
+
+
+def response_start_head(request_id: str, status: int, headers: Mapping[str, str]) -> bytes:
+    return _head({"type": "response_start", "id": request_id, "status": status, "headers": headers})
+
+
+def response_chunk_head(request_id: str, body: bytes) -> bytes:
+    return _head({"type": "response_chunk", "id": request_id, **_body(body)})
+
+
+def response_end_head(request_id: str, problem: str | None) -> bytes:
+    frame = {"type": "response_end", "id": request_id}
+    if problem is not None:
+        frame["error"] = problem
+    return _head(frame)
+
+
+def _head(frame: Mapping[str, object]) -> bytes:
+    return orjson.dumps(frame)[:-1] + b',"position":"'
+
+
+def _body(body: bytes) -> dict[str, str]:
+    try:
+        return {"body": body.decode()}
+    except UnicodeDecodeError:
+        return {"body": base64.b64encode(body).decode(), "encoding": "base64"}
 
 
 def gap(channel: str, position: Position, reason: str) -> bytes:

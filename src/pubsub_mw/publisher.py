@@ -34,11 +34,11 @@ from pubsub_mw.broker.interface import AsyncBroker, Broker
 from pubsub_mw.broker.memory import AsyncMemoryBroker
 from pubsub_mw.errors import BrokerUnavailable, PublicationTooLarge, PublishError
 from pubsub_mw.grants import sign_grant
-from pubsub_mw.model import CONNECTION_PREFIX, Draft, Position, check_channel
+from pubsub_mw.model import CONNECTION_PREFIX, Channel, Draft, Position, check_channel
 from pubsub_mw.protocol import message_head
 from pubsub_mw.settings import Settings
 
-__all__ = ["AsyncPublisher", "Publisher", "build_draft", "encode_data"]
+__all__ = ["AsyncPublisher", "Publisher", "build_answer_draft", "build_draft", "encode_data"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -313,6 +313,27 @@ def build_draft(
         idempotency_key=idempotency_key or "",
         history_size=size,
         is_kept=is_kept,
+    )
+
+
+def build_answer_draft(settings: Settings, channel: Channel, head: bytes, key: str, reply: str) -> Draft:
+    """Return a part of the answer to a request, for the channel that it goes to.
+
+    Args:
+        channel: from `Request.reply_to`
+        head: the frame up to its position
+        key: idempotency key; published twice it shows once
+        reply: as in `Draft`
+    """
+    return Draft(
+        channel=channel,
+        tag=secrets.token_urlsafe(_TAG_BYTES),
+        head=head,
+        exclude="",
+        idempotency_key=key,
+        history_size=settings.private_history_size,
+        is_kept=True,
+        reply=reply,
     )
 
 

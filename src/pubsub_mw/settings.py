@@ -37,6 +37,18 @@ class Settings:
         prefix: of every Redis key
         origins: who may open a connection from a browser, as `scheme://host[:port]`; `*` = anybody;
             empty = the host that the request was sent to
+        requests: patterns of paths that clients may request over their connection, such as `/rooms/*`;
+            `serve` and `with_realtime`, which expose the app anyway, take `/*`
+        request_headers: names that clients may send with a request besides the usual ones
+        in_flight: requests of one connection that run at once
+        request_backlog: further requests of a connection that wait for that; beyond it they are refused
+            as `busy`
+        request_timeout: from when a request is stored until its answer begins; then it is answered 504
+        request_grace: beyond that, after which the realtime server itself answers 504, for want of a worker
+        queue_size: requests of all connections that may wait for a worker; beyond it they are refused as
+            `busy`
+        lease: after which a request is taken from a worker that gives no sign of life
+        max_deliveries: of one request to workers; after that it is answered 500 and set aside
         public: patterns of unprefixed channels that all may listen to
         history_size: publications kept per channel
         history_ttl: how long they are kept after the channel's last publication
@@ -74,6 +86,15 @@ class Settings:
     grant_public_key: str | None = None
     prefix: str = "pubsub"
     origins: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
+    request_headers: tuple[str, ...] = ()
+    in_flight: int = _number(1, 1, 1_000)
+    request_backlog: int = _number(64, 0, 100_000)
+    request_timeout: float = _number(30.0, 0.01, 86_400)
+    request_grace: float = _number(5.0, 0.0, 3_600)
+    queue_size: int = _number(10_000, 1, 10_000_000)
+    lease: float = _number(10.0, 0.05, 86_400)
+    max_deliveries: int = _number(5, 1, 1_000)
     public: tuple[str, ...] = ("*",)
     history_size: int = _number(100, 1, 1_000_000)
     history_ttl: float = _number(300.0, 0.001, 31_536_000)

@@ -2,22 +2,29 @@ r"""Store a publication as bytes, and read it back.
 
 In:     drafts and positions; bytes from history or pub/sub
 Out:    bytes; `Publication` values
-Owns:   the layout: `<position> <previous tag> <exclude>\n<frame>`
+Owns:   the layout: `<position> <previous tag> <exclude> <reply>\n<frame>`; and that of a request in the queue,
+        JSON after its HMAC-SHA256
 Never:  looks into the frame; lets bytes that are not ours through
 
 The same bytes are the history entry and the pub/sub payload. `publish.lua` builds the same layout.
 """
 
-from pubsub_mw.model import Draft, Position, Publication
+import base64
+import hmac
+
+import orjson
+
+from pubsub_mw.model import Channel, ConnectionId, Draft, Handshake, Position, Publication, Request
 from pubsub_mw.protocol import message_tail
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "decode_request", "encode", "encode_request"]
 
 
 def encode(draft: Draft, position: Position, previous_tag: str) -> bytes:
     """Return the payload of `draft` at `position`."""
     text = str(position).encode()
-    return b"%b %b %b\n%b%b%b" % (text, previous_tag.encode(), draft.exclude.encode(), draft.head, text, message_tail)
+    header = f"{position} {previous_tag} {draft.exclude} {draft.reply}\n".encode()
+    return header + draft.head + text + message_tail
 
 
 def decode(payload: bytes) -> Publication:
@@ -30,7 +37,59 @@ def decode(payload: bytes) -> Publication:
     if not separator or len(header) > 512:
         raise ValueError("not a publication: no header")
     try:
-        position, previous_tag, exclude = header.decode("ascii").split(" ")
+        position, previous_tag, exclude, reply = header.decode("ascii").split(" ")
     except ValueError as error:
         raise ValueError("not a publication: malformed header") from error
-    return Publication(Position.parse(position), previous_tag, exclude, frame)
+    return Publication(Position.parse(position), previous_tag, exclude, frame, reply)
+
+
+def encode_request(request: Request, key: bytes) -> bytes:
+    """Return the signed bytes of `request`; `key` as from `grants.queue_key`."""
+    handshake = request.handshake
+    fields = {
+        "connection": request.connection,
+        "user": request.user,
+        "transport": request.transport,
+        "id": request.id,
+        "method": request.method,
+        "path": request.path,
+        "query": request.query,
+        "headers": request.headers,
+        "body": base64.b64encode(request.body).decode(),
+        "handshake": {"headers": handshake.headers, "scheme": handshake.scheme, "address": handshake.address},
+        "reply_to": request.reply_to,
+    }
+    content = orjson.dumps(fields)
+    return hmac.digest(key, content, "sha256") + content
+
+
+def decode_request(signed: bytes, key: bytes) -> Request:
+    """Read a request from the queue.
+
+    Raises:
+        ValueError: it was not signed with `key`, or altered since.
+    """
+    signature, content = signed[:32], signed[32:]
+    if not hmac.compare_digest(signature, hmac.digest(key, content, "sha256")):
+        raise ValueError("a request in the queue is not signed with this secret")
+    fields = orjson.loads(content)
+    handshake = fields["handshake"]
+    return Request(
+        connection=ConnectionId(fields["connection"]),
+        user=fields["user"],
+        transport=fields["transport"],
+        id=fields["id"],
+        method=fields["method"],
+        path=fields["path"],
+        query=fields["query"],
+        headers=_pairs(fields["headers"]),
+        body=base64.b64decode(fields["body"]),
+        handshake=Handshake(
+            headers=_pairs(handshake["headers"]), scheme=handshake["scheme"], address=handshake["address"]
+        ),
+        reply_to=Channel(fields["reply_to"]),
+    )
+
+
+def _pairs(items: list[list[str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, value) for name, value in items)

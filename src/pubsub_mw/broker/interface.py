@@ -8,16 +8,94 @@ Never:  returns as if something were stored that is not
 Publishing is atomic: offset, tag, history and delivery happen in one step or not at all. A read of history is
 atomic too: `top` and the publications are of one moment.
 
-`Broker` is for synchronous code: thread-safe and fork-safe. `AsyncBroker` is for one event loop. The request queue
-of the worker will be a third shape beside them.
+`Broker` is for synchronous code: thread-safe and fork-safe. `AsyncBroker` is for one event loop. `RequestQueue` is
+what a worker sees of the requests that `AsyncBroker.accept` stored. A request is delivered *at least once*; its
+answer is published at most once, because everything published for it carries an idempotency key (`answer_key`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
-from pubsub_mw.model import Channel, Draft, HistoryPage, Position, Publication
+from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position, Publication
 
-__all__ = ["AsyncBroker", "Broker", "Listener", "Subscriber"]
+__all__ = [
+    "Acceptance",
+    "Accepted",
+    "AsyncBroker",
+    "Broker",
+    "Listener",
+    "RequestQueue",
+    "Subscriber",
+    "Taken",
+    "answer_key",
+]
+
+
+def answer_key(request_id: str) -> str:
+    """Return the idempotency key of what begins the answer to a request: whoever publishes first has answered."""
+    return f"r:{request_id}"
+
+
+class Acceptance(Enum):
+    """What became of a request that was offered to the queue."""
+
+    STORED = 1  # a worker will run it
+    KNOWN = 2  # it was stored before: a resend
+    FULL = 3  # `queue_size` requests wait already; nothing was stored
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The queue's word on one request.
+
+    Attributes:
+        acceptance: see there
+        answered_at: where on its channel the answer begins, if it has begun
+    """
+
+    acceptance: Acceptance
+    answered_at: Position | None
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A request that a worker took and has to answer.
+
+    Attributes:
+        entry: names it in the queue
+        payload: as it was stored
+        age: seconds since then, by the broker's clock
+        delivery_count: 1 = for the first time
+    """
+
+    entry: str
+    payload: bytes
+    age: float
+    delivery_count: int
+
+
+class RequestQueue(Protocol):
+    """The request queue as one worker sees it. Thread-safe; every method may raise `BrokerUnavailable`."""
+
+    def take(self, limit: int, wait: float) -> list[Taken]:
+        """Take up to `limit` requests, waiting up to `wait` seconds for the first.
+
+        Those come first that another worker took and has not renewed for `lease` seconds.
+        """
+
+    def renew(self, entries: Sequence[str]) -> None:
+        """Say that these are still worked on."""
+
+    def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
+        """Publish parts of answers, then acknowledge the requests that are answered whole; one round trip."""
+
+    def set_aside(self, taken: Taken) -> None:
+        """Keep a request that cannot be run for whoever looks into it, bounded, and take it out of the queue."""
+
+    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
+        """Tell for each (connection, request id) whether its client cancelled it."""
 
 
 class Broker(Protocol):
@@ -31,6 +109,9 @@ class Broker(Protocol):
 
     def secret(self) -> str:
         """Return the secret kept in the broker; made on the first call by anybody."""
+
+    def queue(self, worker: str) -> RequestQueue:
+        """Return the request queue as the worker of that name sees it."""
 
     def close(self) -> None:
         """Give connections back to the system."""
@@ -85,6 +166,12 @@ class AsyncBroker(Protocol):
 
     async def secret(self) -> str:
         """As `Broker.secret`."""
+
+    async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
+        """Store a request for a worker, in one step with the checks that it is new and that there is room."""
+
+    async def cancel(self, connection: ConnectionId, request_id: str) -> None:
+        """Note that an answer is not wanted any more."""
 
     def subscriber(self, listener: Listener) -> Subscriber:
         """Make a link that tells `listener`; the caller runs it."""

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pubsub_mw.broker.codec import decode, encode
-from pubsub_mw.broker.interface import Listener
-from pubsub_mw.model import START_TAG, Channel, Draft, HistoryPage, Position, Publication
+from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Taken, answer_key
+from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Publication
 from pubsub_mw.settings import Settings
 
-__all__ = ["AsyncMemoryBroker", "MemoryBroker", "MemorySubscriber", "memory_broker"]
+__all__ = ["AsyncMemoryBroker", "MemoryBroker", "MemoryQueue", "MemorySubscriber", "memory_broker"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -64,6 +64,11 @@ class MemoryBroker:
         self._histories: dict[str, _History] = {}
         self._keys: dict[tuple[str, str], tuple[Position, float]] = {}
         self._subscribers: list[MemorySubscriber] = []
+        self._requests: dict[str, _Waiting] = {}
+        self._claims: dict[tuple[str, str], float] = {}
+        self._cancelled: dict[tuple[str, str], float] = {}
+        self._arrived = threading.Condition(self._lock)
+        self._entry = 0
         self._secret = secrets.token_hex(32)
         self._published = 0
         self._has_endpoint = False
@@ -139,6 +144,66 @@ class MemoryBroker:
         """Note that this process has a realtime endpoint, so publishing here is no mistake."""
         self._has_endpoint = True
 
+    def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
+        """Store a request; see `AsyncBroker.accept`."""
+        now, claim = time.monotonic(), (connection, request_id)
+        with self._lock:
+            answered_at, expires = self._keys.get((reply_to, answer_key(request_id)), (None, 0.0))
+            if expires <= now:
+                answered_at = None
+            if self._claims.get(claim, 0.0) > now:
+                return Accepted(Acceptance.KNOWN, answered_at)
+            if len(self._requests) >= self._settings.queue_size:
+                return Accepted(Acceptance.FULL, answered_at)
+            self._entry += 1
+            self._requests[str(self._entry)] = _Waiting(payload, now)
+            self._claims[claim] = now + self._settings.idempotency_ttl
+            self._arrived.notify()
+            return Accepted(Acceptance.STORED, answered_at)
+
+    def cancel(self, connection: ConnectionId, request_id: str) -> None:
+        with self._lock:
+            self._cancelled[connection, request_id] = time.monotonic() + self._settings.idempotency_ttl
+
+    def queue(self, worker: str) -> "MemoryQueue":  # noqa: ARG002 - who is in the same process needs no name
+        return MemoryQueue(self)
+
+    def take(self, limit: int, wait: float) -> list[Taken]:
+        with self._lock:
+            taken = self._take(limit)
+            if not taken:
+                self._arrived.wait(wait)
+                taken = self._take(limit)
+            return taken
+
+    def _take(self, limit: int) -> list[Taken]:
+        now = time.monotonic()
+        taken: list[Taken] = []
+        for entry, waiting in self._requests.items():
+            if len(taken) == limit:
+                break
+            if waiting.taken_until <= now:
+                waiting.taken_until = now + self._settings.lease
+                waiting.deliveries += 1
+                taken.append(Taken(entry, waiting.payload, now - waiting.since, waiting.deliveries))
+        return taken
+
+    def renew(self, entries: Sequence[str]) -> None:
+        with self._lock:
+            for entry in entries:
+                if entry in self._requests:
+                    self._requests[entry].taken_until = time.monotonic() + self._settings.lease
+
+    def forget(self, entries: Sequence[str]) -> None:
+        with self._lock:
+            for entry in entries:
+                self._requests.pop(entry, None)
+
+    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
+        now = time.monotonic()
+        with self._lock:
+            return [self._cancelled.get(request, 0.0) > now for request in requests]
+
     def attach(self, subscriber: "MemorySubscriber") -> None:
         with self._lock:
             self._subscribers.append(subscriber)
@@ -169,6 +234,42 @@ class MemoryBroker:
     def _sweep(self, now: float) -> None:
         self._histories = {name: history for name, history in self._histories.items() if history.expires > now}
         self._keys = {key: value for key, value in self._keys.items() if value[1] > now}
+        self._claims = {claim: expires for claim, expires in self._claims.items() if expires > now}
+        self._cancelled = {request: expires for request, expires in self._cancelled.items() if expires > now}
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One request in the queue."""
+
+    payload: bytes
+    since: float
+    taken_until: float = 0.0
+    deliveries: int = 0
+
+
+class MemoryQueue:
+    """`RequestQueue` inside one process."""
+
+    def __init__(self, broker: MemoryBroker) -> None:
+        self._broker = broker
+
+    def take(self, limit: int, wait: float) -> list[Taken]:
+        return self._broker.take(limit, wait)
+
+    def renew(self, entries: Sequence[str]) -> None:
+        self._broker.renew(entries)
+
+    def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
+        self._broker.publish(drafts)
+        self._broker.forget(done)
+
+    def set_aside(self, taken: Taken) -> None:
+        """Take it out of the queue; a process that ends keeps nothing for later."""
+        self._broker.forget([taken.entry])
+
+    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
+        return self._broker.cancelled(requests)
 
 
 class MemorySubscriber:
@@ -244,6 +345,12 @@ class AsyncMemoryBroker:
 
     async def secret(self) -> str:
         return self._broker.secret()
+
+    async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
+        return self._broker.accept(connection, request_id, payload, reply_to)
+
+    async def cancel(self, connection: ConnectionId, request_id: str) -> None:
+        self._broker.cancel(connection, request_id)
 
     def subscriber(self, listener: Listener) -> MemorySubscriber:
         self._broker.expect_endpoint()

@@ -209,7 +209,7 @@ class _Running:
         self._broker = broker
         self._publisher = AsyncPublisher(**settings.overrides())
         self.hub = Hub(broker, settings)
-        self.shared = Shared(settings, self.hub, self._publisher, secret)
+        self.shared = Shared(settings, self.hub, broker, self._publisher, secret)
         self._task = asyncio.create_task(self._keep())
 
     @classmethod

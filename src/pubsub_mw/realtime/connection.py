@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 
 from pubsub_mw import protocol
+from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.errors import ChannelError, CloseCode, ErrorCode, FrameError, GrantError, GrantExpired, PublishError
 from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
@@ -34,6 +35,7 @@ from pubsub_mw.model import (
 )
 from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.requests import RequestGate, Requests
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
@@ -48,13 +50,16 @@ _FORBIDDEN = "no grant of yours allows it"
 class Shared:
     """What all connections of a process have in common."""
 
-    def __init__(self, settings: Settings, hub: Hub, publisher: AsyncPublisher, secret: str) -> None:
+    def __init__(
+        self, settings: Settings, hub: Hub, broker: AsyncBroker, publisher: AsyncPublisher, secret: str
+    ) -> None:
         self.settings = settings
         self.hub = hub
         self.publisher = publisher
         self.secret = secret
         self.verifier = GrantVerifier(secret, settings.grant_public_key)
         self.is_public = compile_patterns(settings.public)
+        self.gate = RequestGate(settings, broker, publisher, secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Connection:
         self._grant: Grant | None = None
         self._subscriptions: dict[Channel, Subscription] = {}
         self._own: list[Subscription] = []
+        self._requests: Requests | None = None
         self._loop = asyncio.get_running_loop()
         self._next_ping_at = math.inf
         self._unanswered_at: float | None = None  # when the first ping went out since anything came
@@ -111,6 +117,10 @@ class Connection:
                 self._take_grant(command.grant)
             elif isinstance(command, protocol.Publish):
                 await self._publish(command)
+            elif isinstance(command, protocol.RequestFrame) and self._requests is not None:
+                self._requests.put(command, self.user)
+            elif isinstance(command, protocol.Cancel) and self._requests is not None:
+                self._requests.cancel(command.id)
         except FrameError as error:
             self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
 
@@ -123,6 +133,8 @@ class Connection:
         """Leave the hub. Idempotent; the transport calls it when the client is gone."""
         self._timer.cancel()
         self.send_queue.close(CloseCode.SERVER_ERROR, "closed")
+        if self._requests is not None:
+            self._requests.close()
         for subscription in [*self._subscriptions.values(), *self._own]:
             self._shared.hub.unsubscribe(subscription)
         self._subscriptions.clear()
@@ -206,6 +218,11 @@ class Connection:
                 settled=settled[-1],
             )
             self._own.append(subscription)
+        requests = Requests(
+            self._shared.gate, connection, self.handshake, self.send_queue, self._own[0], self._own[0].position
+        )
+        self._own[0].on_reply = requests.on_reply
+        self._requests = requests
         user_position = self._own[-1].position if len(self._own) > 1 else None
         if resume is None:
             for subscription in self._own:

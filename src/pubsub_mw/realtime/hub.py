@@ -183,6 +183,8 @@ class Hub:
             for subscription in channel.live:
                 if not exclude or subscription.connection != exclude:
                     subscription.send_queue.put_nowait(frame)
+                if publication.reply and subscription.on_reply is not None:
+                    subscription.on_reply(publication.reply)
             self.publications_delivered += len(channel.live)
         elif verdict is Next.BROKEN:
             channel.is_stale = True
@@ -192,12 +194,15 @@ class Hub:
         for publication in publications:
             if not publication.exclude or publication.exclude != subscription.connection:
                 subscription.send_queue.put_recovered_nowait(publication.frame)
+            if publication.reply and subscription.on_reply is not None:
+                subscription.on_reply(publication.reply)
 
     def _join(self, channel: _Channel, subscription: Subscription, position: Position) -> None:
         """Make a waiting subscription live; it has been sent everything up to the channel's track."""
         self._begin(subscription, position, None if subscription.position is None else True)
         del channel.waiting[subscription]
         channel.live[subscription] = None
+        subscription.joined_at = subscription.joined_at or position
         self._unsettled.pop(subscription, None)
         subscription.settle(True)
 

@@ -10,6 +10,7 @@ share: they have all been sent everything up to it, so one comparison per public
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -121,6 +122,7 @@ class Subscription:
         position: the last one the client received, or None
         is_announced: whether `subscribed` is sent when it begins (not for a connection's own channels, unless asked)
         is_fresh: the channel cannot have been published to yet, so there is no history to ask
+        on_reply: called with `Publication.reply` of each publication that is part of an answer
         settled: is set to whether it succeeded, when it is live for the first time or given up
     """
 
@@ -131,6 +133,8 @@ class Subscription:
         "is_announced",
         "is_fresh",
         "is_open",
+        "joined_at",
+        "on_reply",
         "position",
         "registered_at",
         "send_queue",
@@ -147,6 +151,7 @@ class Subscription:
         is_announced: bool = True,
         is_fresh: bool = False,
         settled: "asyncio.Future[bool] | None" = None,
+        on_reply: Callable[[str], None] | None = None,
     ) -> None:
         self.channel = channel
         self.connection = connection
@@ -155,6 +160,8 @@ class Subscription:
         self.is_announced = is_announced
         self.is_fresh = is_fresh
         self.settled = settled
+        self.on_reply = on_reply
+        self.joined_at: Position | None = None  # where it became live for the first time: up to there history told
         self.has_begun = False
         self.is_open = True
         self.registered_at = 0.0

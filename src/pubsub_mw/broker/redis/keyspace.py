@@ -6,7 +6,7 @@ Owns:   the rule that all keys of a channel hold `{<channel>}`, so that a cluste
 Never:  puts a name into a key that `model.check_channel` has not let through: no brace, no blank, no glob
 """
 
-from pubsub_mw.model import Channel
+from pubsub_mw.model import Channel, ConnectionId
 
 __all__ = ["Keyspace"]
 
@@ -35,6 +35,24 @@ class Keyspace:
     def idempotency(self, channel: Channel, key: str) -> str:
         """String: the position of the publication that was made with `key`."""
         return f"{self.prefix}:{{{channel}}}:i:{key}"
+
+    @property
+    def requests(self) -> str:
+        """Stream: requests that wait or are worked on; consumer group `workers`."""
+        return f"{self.prefix}:{{requests}}:q"
+
+    @property
+    def dead(self) -> str:
+        """Stream: requests that were set aside."""
+        return f"{self.prefix}:{{requests}}:dead"
+
+    def claim(self, connection: ConnectionId, request_id: str) -> str:
+        """String: there while a request is known, so that a resend is not run."""
+        return f"{self.prefix}:{{requests}}:claim:{connection}:{request_id}"
+
+    def cancelled(self, connection: ConnectionId, request_id: str) -> str:
+        """String: there when the client of a request does not want its answer."""
+        return f"{self.prefix}:{{requests}}:cancel:{connection}:{request_id}"
 
     def probe(self, server: str) -> str:
         """Pub/sub channel on which one realtime server hears itself."""

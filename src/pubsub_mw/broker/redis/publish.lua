@@ -5,7 +5,7 @@
 --       3 pub/sub channel
 --       4 idempotency key -> position (optional)
 -- ARGV  1 epoch for a channel that has none    2 tag              3 frame up to its position  4 frame after it
---       5 excluded connection or ""            6 history size     7 "1" = keep it in history
+--       5 "<exclude> <reply>", either empty  6 history size     7 "1" = keep it in history
 --       8 history ttl, ms   9 position ttl, ms   10 idempotency ttl, ms   11 "1" = an earlier try may have arrived
 -- Returns the position as text.
 

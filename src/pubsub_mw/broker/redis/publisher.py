@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.connection import Connection, parse_url
 from redis.retry import Retry
 
+from pubsub_mw.broker.redis.queue import RedisQueue
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, Draft, Position
@@ -49,28 +50,40 @@ class RedisBroker:
         Raises:
             BrokerUnavailable: see `Broker`.
         """
-        replies = self._run(lambda is_retry: [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts])
+        replies = self.run(lambda is_retry: [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts])
         return [Scripts.position_from(reply) for reply in replies]
 
     def position(self, channel: Channel) -> Position:
         """Return the channel's newest position."""
-        (reply,) = self._run(lambda _: [self._scripts.read(channel, None, 1)])
+        (reply,) = self.run(lambda _: [self._scripts.read(channel, None, 1)])
         return Scripts.page_from(reply, None).top
 
     def secret(self) -> str:
         """Return the secret kept under `<prefix>:secret`, made if there is none."""
         key = self._scripts.keyspace.secret
-        _, secret = self._run(lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)])
+        _, secret = self.run(lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)])
         return str(secret.decode())
+
+    def queue(self, worker: str) -> "RedisQueue":
+        """Return the request queue as the worker of that name sees it."""
+        return RedisQueue(self, self._settings, worker)
 
     def close(self) -> None:
         """Close the idle connections; the broker stays usable."""
         while self._idle:
             self._idle.pop().disconnect()
 
-    def _run(self, build: Callable[[bool], Sequence[Call | tuple[Any, ...]]]) -> list[Any]:
-        """Send what `build` makes and return the replies; once more if the link broke, told so by True."""
-        deadline = time.monotonic() + self._settings.publish_timeout
+    def run(self, build: Callable[[bool], Sequence[Call | tuple[Any, ...]]], *, wait: float = 0.0) -> list[Any]:
+        """Send what `build` makes and return the replies; once more if the link broke, told so by True.
+
+        Args:
+            build: makes the commands
+            wait: seconds that the commands themselves may block, beyond `publish_timeout`
+
+        Raises:
+            BrokerUnavailable: no reply in time, or one of the replies is an error.
+        """
+        deadline = time.monotonic() + self._settings.publish_timeout + wait
         try:
             try:
                 return self._round_trip(build(False), deadline)

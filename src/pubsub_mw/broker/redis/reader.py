@@ -15,11 +15,11 @@ from typing import Any
 import redis
 from redis.asyncio.connection import Connection
 
-from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, answer_key
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
 from pubsub_mw.errors import BrokerUnavailable
-from pubsub_mw.model import Channel, Draft, HistoryPage, Position
+from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
 from pubsub_mw.settings import Settings
 
 __all__ = ["AsyncRedisBroker"]
@@ -75,6 +75,21 @@ class AsyncRedisBroker:
         if not isinstance(secret, bytes):
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {secret}")
         return secret.decode()
+
+    async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
+        """Store a request; see `AsyncBroker.accept`."""
+        answered = ("GET", self._scripts.keyspace.idempotency(reply_to, answer_key(request_id)))
+        call = self._scripts.accept(connection, request_id, payload, self._settings.queue_size)
+        reply, position = await self._run(lambda _: [call, answered], self._settings.publish_timeout)
+        for item in (reply, position):
+            if isinstance(item, redis.RedisError):
+                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {item}") from item
+        return Accepted(Acceptance(reply), Scripts.position_from(position) if position else None)
+
+    async def cancel(self, connection: ConnectionId, request_id: str) -> None:
+        """Note that an answer is not wanted any more."""
+        lifetime = str(round(self._settings.idempotency_ttl * 1_000))
+        await self.command("SET", self._scripts.keyspace.cancelled(connection, request_id), "1", "PX", lifetime)
 
     async def command(self, *arguments: str | bytes) -> Any:
         """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""

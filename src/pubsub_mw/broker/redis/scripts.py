@@ -14,7 +14,7 @@ from typing import Any
 
 from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.redis.keyspace import Keyspace
-from pubsub_mw.model import Channel, Draft, HistoryPage, Position
+from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
 from pubsub_mw.protocol import message_tail
 from pubsub_mw.settings import Settings
 
@@ -44,6 +44,8 @@ def _load(name: str) -> tuple[bytes, str]:
 
 _PUBLISH = _load("publish.lua")
 _READ = _load("read.lua")
+_ACCEPT = _load("accept.lua")
+_RECLAIM = _load("reclaim.lua")
 
 
 class Scripts:
@@ -70,7 +72,7 @@ class Scripts:
                 draft.tag,
                 draft.head,
                 message_tail,
-                draft.exclude,
+                f"{draft.exclude} {draft.reply}",
                 str(draft.history_size),
                 "1" if draft.is_kept else "0",
                 self._history_ttl,
@@ -92,6 +94,13 @@ class Scripts:
                 self._position_ttl,
             ),
         )
+
+    def accept(self, connection: ConnectionId, request_id: str, payload: bytes, queue_size: int) -> Call:
+        keys = (self.keyspace.requests, self.keyspace.claim(connection, request_id))
+        return Call(*_ACCEPT, keys, (payload, str(queue_size), self._idempotency_ttl))
+
+    def reclaim(self, group: str, worker: str, lease: float, limit: int) -> Call:
+        return Call(*_RECLAIM, (self.keyspace.requests,), (group, worker, _milliseconds(lease), str(limit)))
 
     @staticmethod
     def position_from(reply: bytes) -> Position:

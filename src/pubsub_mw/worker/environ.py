@@ -1,0 +1,111 @@
+"""Make out of a client's request what the application would see of the same request over HTTP.
+
+In:     a request from the queue
+Out:    a WSGI environ, or an ASGI scope
+Owns:   where each value comes from: method, path, query, body and a few headers from the client; cookies, host,
+        origin, scheme and address from the handshake of its connection
+Never:  lets a header that the client chose pass for one that a proxy or the handshake set
+
+Source: PEP 3333, "environ Variables"; ASGI spec, "HTTP connection scope". Names with an underscore never get here
+(`realtime.requests` refuses them), so `x_forwarded_for` cannot pass for `x-forwarded-for` (CVE-2026-3902).
+"""
+
+import sys
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from pubsub_mw.model import Request, RequestConnection
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+__all__ = ["build_environ", "build_scope"]
+
+_FROM_HANDSHAKE = ("user-agent", "referer", "accept-language", "origin")
+"""Headers of the handshake that the application sees, unless the client may choose them and did."""
+
+
+def build_environ(request: Request, delivery_count: int) -> "WSGIEnvironment":
+    """Return a fresh environ; `wsgi.input` is at its start."""
+    host, port = _server(request)
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": request.method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": request.path.encode().decode("latin-1"),
+        "QUERY_STRING": request.query,
+        "SERVER_NAME": host,
+        "SERVER_PORT": str(port),
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": request.handshake.address,
+        "CONTENT_LENGTH": str(len(request.body)),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": request.handshake.scheme,
+        "wsgi.input": BytesIO(request.body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+        "pubsub.connection": _connection(request, delivery_count),
+    }
+    for name, value in _headers(request):
+        if name == "content-type":
+            environ["CONTENT_TYPE"] = value
+        else:
+            environ["HTTP_" + name.upper().replace("-", "_")] = value
+    return environ
+
+
+def build_scope(request: Request, delivery_count: int) -> dict[str, Any]:
+    """Return a fresh `http` scope."""
+    headers = [*_headers(request), ("content-length", str(len(request.body)))]
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": request.handshake.scheme,
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": request.query.encode("latin-1"),
+        "root_path": "",
+        "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers],
+        "client": (request.handshake.address, 0) if request.handshake.address else None,
+        "server": _server(request),
+        "state": {},
+        "pubsub.connection": _connection(request, delivery_count),
+    }
+
+
+def _headers(request: Request) -> list[tuple[str, str]]:
+    """Return the headers, lower-case names, each once."""
+    handshake = request.handshake
+    headers = {name: value for name in _FROM_HANDSHAKE if (value := handshake.first(name)) is not None}
+    headers |= dict(request.headers)
+    headers["host"] = handshake.first("host") or "localhost"
+    cookies = handshake.all("cookie")
+    if cookies:
+        headers["cookie"] = "; ".join(cookies)  # RFC 9113 8.2.3
+    # As the realtime server established them behind its trusted proxies, for an app that is configured to read these.
+    headers["x-forwarded-proto"] = handshake.scheme
+    headers["x-forwarded-host"] = headers["host"]
+    if handshake.address:
+        headers["x-forwarded-for"] = handshake.address
+    return list(headers.items())
+
+
+def _server(request: Request) -> tuple[str, int]:
+    host, separator, port = (request.handshake.first("host") or "localhost").rpartition(":")
+    if separator and port.isdigit() and not host.endswith(":"):
+        return host, int(port)
+    default = 443 if request.handshake.scheme == "https" else 80
+    return request.handshake.first("host") or "localhost", default
+
+
+def _connection(request: Request, delivery_count: int) -> RequestConnection:
+    return RequestConnection(
+        id=request.connection,
+        user=request.user,
+        transport=request.transport,
+        message_id=request.id,
+        delivery_count=delivery_count,
+    )
