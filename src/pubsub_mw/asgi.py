@@ -9,12 +9,10 @@ Never:  runs a WSGI request on the event loop; holds a thread for a client that 
 """
 
 import asyncio
-import functools
-import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, cast
 
 from asgiref.sync import ThreadSensitiveContext
@@ -23,6 +21,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pubsub_mw.apps import is_asgi
 from pubsub_mw.errors import PublishError
 from pubsub_mw.middleware import PubSub
 from pubsub_mw.model import Draft, Position
@@ -33,7 +32,7 @@ from pubsub_mw.worker import Worker
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
 
-__all__ = ["AsyncRequestPublisher", "app", "is_asgi", "with_realtime"]  # noqa: F822 - app: see __getattr__
+__all__ = ["AsyncRequestPublisher", "app", "with_realtime"]  # noqa: F822 - app: see __getattr__
 
 log = logging.getLogger("pubsub_mw")
 
@@ -69,23 +68,6 @@ def with_realtime(app: "ASGIApp | WSGIApplication", *, url: str | None = None, *
     if not isinstance(app, PubSub):
         wsgi_app = PubSub(wsgi_app, url, **settings)
     return _WithRealtime(realtime, _WsgiApp(wsgi_app), Worker(wsgi_app, url, threads=_WORKER_THREADS, **settings))
-
-
-def is_asgi(app: object) -> bool:
-    """Whether `app` is an ASGI app: a coroutine function, an object that is one when called, or of three arguments."""
-    while isinstance(app, functools.partial):
-        app = app.func
-    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
-        return True
-    try:
-        inspect.signature(cast(Callable[..., object], app)).bind(None, None, None)
-    except (TypeError, ValueError):
-        return False
-    try:
-        inspect.signature(cast(Callable[..., object], app)).bind(None, None)
-    except TypeError:
-        return True
-    return False
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,9 @@ Never:  shows a traceback for what the user can mend; puts a secret on the scree
 
 import asyncio
 import copy
-import importlib
 import importlib.util
 import json
+import logging.config
 import os
 import secrets
 import socket
@@ -26,6 +26,7 @@ from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
 from pubsub_mw import __version__
+from pubsub_mw.apps import is_asgi, load_app
 from pubsub_mw.asgi import with_realtime
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.client import Gap, Message, connect
@@ -36,8 +37,10 @@ from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
+from pubsub_mw.worker import Worker
+from pubsub_mw.worker.processes import run_until_signal, supervise
 
-__all__ = ["load_app", "main", "serving"]
+__all__ = ["main", "serving"]
 
 _APP_VARIABLE = "PUBSUB_APP"
 """Carries the app's name to server processes, which import it themselves."""
@@ -145,6 +148,40 @@ def realtime(
     listener = _bind(host, port)
     _announce(listener)
     _run("pubsub_mw.asgi:app", settings, listener, forwarded_allow_ips, workers=workers)
+
+
+@main.command()
+@click.argument("app")
+@_url_option
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Started anew if they die.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=4, show_default=True, help="Requests that each runs at once."
+)
+@click.option("--reload", is_flag=True, help="Start again when a source file changes (development).")
+@click.option("--drain", type=float, help="Seconds to finish what runs when told to stop.  [default: PUBSUB_DRAIN]")
+def worker(app: str, url: str | None, processes: int, threads: int, reload: bool, drain: float | None) -> None:
+    """Run APP on what clients send over their connections.
+
+    APP names the same WSGI or ASGI app that serves HTTP, such as myapp:app. Restarting workers touches no connection
+    and loses no request.
+    """
+    settings = _prepare(url, drain)
+    if settings.url.startswith("memory:"):
+        raise click.UsageError(
+            "a worker of its own needs a broker that the realtime server can reach; "
+            "set PUBSUB_URL or --url to redis://..., or use `pubsub-mw serve APP`, which has one inside"
+        )
+    if not reload:
+        load_app(app)
+    logging.config.dictConfig(_log_config())
+    supervise(_work, (app, threads), processes, drain=settings.drain, reload=reload)
+
+
+def _work(app: str, threads: int) -> None:
+    """Be one worker process."""
+    logging.config.dictConfig(_log_config())
+    found = load_app(app)
+    run_until_signal(Worker(found, is_asgi=is_asgi(found), threads=threads))
 
 
 @main.command()
@@ -282,34 +319,6 @@ def serving() -> ASGIApp:
     return with_realtime(load_app(os.environ[_APP_VARIABLE]))
 
 
-def load_app(name: str) -> Any:
-    """Import an app by `module`, `module:attribute` or `module:factory()`.
-
-    Raises:
-        click.ClickException: it cannot be imported, or is not there.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise click.ClickException(
-            f"there is no module {error.name!r} here ({os.getcwd()}) or among the installed"
-        ) from error
-    is_factory = attribute.endswith("()")
-    candidates = [attribute.removesuffix("()")] if attribute else ["app", "application"]
-    for candidate in candidates:
-        found: Any = module
-        for part in candidate.split("."):
-            found = getattr(found, part, None)
-        if callable(found):
-            return found() if is_factory else found
-    raise click.ClickException(f"{module_name} has no app named {' or '.join(candidates)}; name it as module:attribute")
-
-
 def _run(
     app: str,
     settings: Settings,
@@ -320,8 +329,6 @@ def _run(
     reload: bool = False,
     factory: bool = False,
 ) -> None:
-    log_config = copy.deepcopy(LOGGING_CONFIG)
-    log_config["loggers"]["pubsub_mw"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     config = uvicorn.Config(
         app,
         factory=factory,
@@ -333,7 +340,7 @@ def _run(
         ws_per_message_deflate=False,  # it takes more memory than all the rest of a connection (uvicorn#1862)
         timeout_graceful_shutdown=_GRACE_SECONDS,
         forwarded_allow_ips=forwarded_allow_ips,
-        log_config=log_config,
+        log_config=_log_config(),
     )
     server = uvicorn.Server(config)
     if reload:
@@ -344,6 +351,12 @@ def _run(
         server.run(sockets=[listener])
         if not server.started:
             raise SystemExit(3)
+
+
+def _log_config() -> dict[str, Any]:
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["loggers"]["pubsub_mw"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return config
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -17,6 +17,7 @@ Close codes, by range (the ranges are those of centrifuge, so that its readers a
 from enum import IntEnum, StrEnum
 
 __all__ = [
+    "AppNotFound",
     "BrokerUnavailable",
     "ChannelError",
     "CloseCode",
@@ -170,6 +171,10 @@ class SubscriptionRefused(PubSubError):
         super().__init__(f"{channel}: {message} ({code})")
         self.channel = channel
         self.code = code
+
+
+class AppNotFound(PubSubError):
+    """A name does not lead to a web application."""
 
 
 class ConnectFailed(PubSubError):
