@@ -71,6 +71,7 @@ class ErrorCode(StrEnum):
     UNSUPPORTED = "unsupported"  # this server does not do that
     BUSY = "busy"  # the request queue, or this connection's backlog, is full; try again later
     CANCELLED = "cancelled"  # the request was cancelled before it was begun
+    REVOKED = "revoked"  # in `unsubscribed`: the application ended the subscription
     EXPIRED = "expired"  # the request was answered, and the answer is no longer kept
     TOO_LARGE = "too_large"  # over a limit of bytes
 

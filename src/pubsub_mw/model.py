@@ -15,6 +15,7 @@ from pubsub_mw.errors import ChannelError
 
 __all__ = [
     "CONNECTION_PREFIX",
+    "CONTROL_CHANNEL",
     "START_EPOCH",
     "START_TAG",
     "USER_PREFIX",
@@ -42,6 +43,8 @@ ConnectionId = NewType("ConnectionId", str)
 
 CONNECTION_PREFIX = "#connection-"
 USER_PREFIX = "#user-"
+CONTROL_CHANNEL = Channel("#control")
+"""What the application tells all realtime servers; neither clients nor `publish` can name it."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.,:;=@/-]{1,200}\Z")
 _OWN_NAME = re.compile(r"#(?:connection|user)-[A-Za-z0-9_.,:;=@/-]+\Z")

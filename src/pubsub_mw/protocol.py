@@ -74,6 +74,7 @@ __all__ = [
     "disconnect",
     "error",
     "gap",
+    "head_of",
     "message_head",
     "message_tail",
     "response_chunk_head",
@@ -315,25 +316,26 @@ message_tail = b'"}'
 def response_head(request_id: str, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
     """Return a `response` frame up to its position."""
     start = {"type": "response", "id": request_id, "status": status, "headers": headers, **_body(body)}
-    return _head(start)
+    return head_of(start)
 
 
 def response_start_head(request_id: str, status: int, headers: Mapping[str, str]) -> bytes:
-    return _head({"type": "response_start", "id": request_id, "status": status, "headers": headers})
+    return head_of({"type": "response_start", "id": request_id, "status": status, "headers": headers})
 
 
 def response_chunk_head(request_id: str, body: bytes) -> bytes:
-    return _head({"type": "response_chunk", "id": request_id, **_body(body)})
+    return head_of({"type": "response_chunk", "id": request_id, **_body(body)})
 
 
 def response_end_head(request_id: str, problem: str | None) -> bytes:
     frame = {"type": "response_end", "id": request_id}
     if problem is not None:
         frame["error"] = problem
-    return _head(frame)
+    return head_of(frame)
 
 
-def _head(frame: Mapping[str, object]) -> bytes:
+def head_of(frame: Mapping[str, object]) -> bytes:
+    """Return any frame up to its position, which the broker adds."""
     return orjson.dumps(frame)[:-1] + b',"position":"'
 
 

@@ -34,8 +34,17 @@ from pubsub_mw.broker.interface import AsyncBroker, Broker
 from pubsub_mw.broker.memory import AsyncMemoryBroker
 from pubsub_mw.errors import BrokerUnavailable, PublicationTooLarge, PublishError
 from pubsub_mw.grants import sign_grant
-from pubsub_mw.model import CONNECTION_PREFIX, Channel, Draft, Position, check_channel
-from pubsub_mw.protocol import message_head
+from pubsub_mw.model import (
+    CONNECTION_PREFIX,
+    CONTROL_CHANNEL,
+    USER_PREFIX,
+    Channel,
+    Draft,
+    Position,
+    check_channel,
+    check_subscribable,
+)
+from pubsub_mw.protocol import head_of, message_head
 from pubsub_mw.settings import Settings
 
 __all__ = ["AsyncPublisher", "Publisher", "build_answer_draft", "build_draft", "encode_data"]
@@ -171,6 +180,42 @@ class Publisher:
             publish=tuple(publish),
             info=None if info is None else json.loads(encode_data(info)),
         )
+
+    def disconnect(self, *, user: str | None = None, connection: str | None = None) -> None:
+        """End every live connection of a user, or one connection, and bar the grants and resume tokens made until now.
+
+        Live ones end within 2 s, with close code DISCONNECTED; a grant made from now on is good.
+
+        Raises:
+            TypeError: not exactly one of `user` and `connection` is given.
+            PublishError: the broker did not confirm it.
+        """
+        self._revoke("*", user, connection)
+
+    def unsubscribe(self, channel: str, *, user: str | None = None, connection: str | None = None) -> None:
+        """End a user's, or one connection's, subscriptions to `channel`, and bar the grants made until now from it.
+
+        A channel that all may listen to can be subscribed to again.
+
+        Raises:
+            ChannelError: not a channel name.
+            TypeError: not exactly one of `user` and `connection` is given.
+            PublishError: the broker did not confirm it.
+        """
+        self._revoke(check_subscribable(channel), user, connection)
+
+    def _revoke(self, subject: str, user: str | None, connection: str | None) -> None:
+        if (user is None) == (connection is None):
+            raise TypeError("give either user= or connection=")
+        at = time.time()
+        identity = f"user:{user}" if user is not None else f"connection:{connection}"
+        check_channel(f"{USER_PREFIX if user is not None else CONNECTION_PREFIX}{identity.partition(':')[2]}")
+        news = head_of({"type": "control", "identity": identity, "subject": subject, "at": at})
+        draft = build_answer_draft(self.settings, CONTROL_CHANNEL, news, "", "")
+        try:
+            self._broker.revoke(identity, subject, at, draft)
+        except BrokerUnavailable as error:
+            raise _publish_error([draft], error) from error
 
     @staticmethod
     def _check_grant(channels: Iterable[str], publish: Iterable[str], expires: float) -> None:

@@ -71,6 +71,8 @@ class Settings:
         ping_timeout: for anything to come from the client after a ping, else NO_PONG
         grant_grace: between the announcement that a grant expired and the close
         resume_ttl: how long a resume token restores its connection id
+        revocation_ttl: how long `disconnect` and `unsubscribe` bar grants made before; a grant that is good for
+            longer can be used again after that
         drain: over which a stopping server spreads the closing of its connections
         broker_timeout: for the broker to answer the realtime server
         probe_interval: between the publications by which a realtime server proves to itself that
@@ -114,6 +116,7 @@ class Settings:
     ping_timeout: float = _number(8.0, 0.01, 86_400)
     grant_grace: float = _number(10.0, 0.0, 3_600)
     resume_ttl: float = _number(604_800.0, 1, 31_536_000)
+    revocation_ttl: float = _number(2_678_400.0, 1, 31_536_000)
     drain: float = _number(25.0, 0.0, 86_400)
     broker_timeout: float = _number(5.0, 0.01, 3_600)
     probe_interval: float = _number(1.0, 0.01, 3_600)

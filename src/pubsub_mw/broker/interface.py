@@ -110,6 +110,16 @@ class Broker(Protocol):
     def secret(self) -> str:
         """Return the secret kept in the broker; made on the first call by anybody."""
 
+    def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
+        """Remember that what `identity` was granted until `at` is void for `subject`, and publish `news`; one step.
+
+        Args:
+            identity: `user:<user>` or `connection:<id>`
+            subject: a channel, or `*` for everything
+            at: seconds since 1970
+            news: for the realtime servers that run now
+        """
+
     def queue(self, worker: str) -> RequestQueue:
         """Return the request queue as the worker of that name sees it."""
 
@@ -166,6 +176,9 @@ class AsyncBroker(Protocol):
 
     async def secret(self) -> str:
         """As `Broker.secret`."""
+
+    async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
+        """Return for each identity what was revoked: subject -> until when."""
 
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request for a worker, in one step with the checks that it is new and that there is room."""

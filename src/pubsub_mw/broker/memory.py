@@ -69,6 +69,7 @@ class MemoryBroker:
         self._cancelled: dict[tuple[str, str], float] = {}
         self._arrived = threading.Condition(self._lock)
         self._entry = 0
+        self._revoked: dict[str, dict[str, float]] = {}
         self._secret = secrets.token_hex(32)
         self._published = 0
         self._has_endpoint = False
@@ -143,6 +144,15 @@ class MemoryBroker:
     def expect_endpoint(self) -> None:
         """Note that this process has a realtime endpoint, so publishing here is no mistake."""
         self._has_endpoint = True
+
+    def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
+        with self._lock:
+            self._revoked.setdefault(identity, {})[subject] = at
+            self._publish(news)
+
+    def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
+        with self._lock:
+            return [dict(self._revoked.get(identity, {})) for identity in identities]
 
     def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request; see `AsyncBroker.accept`."""
@@ -234,6 +244,9 @@ class MemoryBroker:
     def _sweep(self, now: float) -> None:
         self._histories = {name: history for name, history in self._histories.items() if history.expires > now}
         self._keys = {key: value for key, value in self._keys.items() if value[1] > now}
+        # A revocation is older than every grant it can concern once `revocation_ttl` is over.
+        limit = time.time() - self._settings.revocation_ttl
+        self._revoked = {key: value for key, value in self._revoked.items() if max(value.values()) > limit}
         self._claims = {claim: expires for claim, expires in self._claims.items() if expires > now}
         self._cancelled = {request: expires for request, expires in self._cancelled.items() if expires > now}
 
@@ -345,6 +358,9 @@ class AsyncMemoryBroker:
 
     async def secret(self) -> str:
         return self._broker.secret()
+
+    async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
+        return self._broker.revoked(identities)
 
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         return self._broker.accept(connection, request_id, payload, reply_to)

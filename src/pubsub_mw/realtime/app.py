@@ -226,7 +226,9 @@ class _Running:
         """Run the hub; if it dies, which is a fault, say so and run it again: its connections are still here."""
         while True:
             try:
-                await self.hub.run()
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self.hub.run())
+                    tasks.create_task(self.shared.control.run())
             except Exception:
                 log.exception("the hub died; it starts again, and every channel is read anew")
             await asyncio.sleep(_RESTART_SECONDS)

@@ -18,7 +18,16 @@ from dataclasses import dataclass
 
 from pubsub_mw import protocol
 from pubsub_mw.broker.interface import AsyncBroker
-from pubsub_mw.errors import ChannelError, CloseCode, ErrorCode, FrameError, GrantError, GrantExpired, PublishError
+from pubsub_mw.errors import (
+    BrokerUnavailable,
+    ChannelError,
+    CloseCode,
+    ErrorCode,
+    FrameError,
+    GrantError,
+    GrantExpired,
+    PublishError,
+)
 from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
     Channel,
@@ -34,6 +43,7 @@ from pubsub_mw.model import (
     is_protected,
 )
 from pubsub_mw.publisher import AsyncPublisher
+from pubsub_mw.realtime.control import Control
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.requests import RequestGate, Requests
 from pubsub_mw.realtime.send_queue import SendQueue
@@ -60,6 +70,7 @@ class Shared:
         self.verifier = GrantVerifier(secret, settings.grant_public_key)
         self.is_public = compile_patterns(settings.public)
         self.gate = RequestGate(settings, broker, publisher, secret)
+        self.control = Control(broker, hub, settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,9 @@ class Connection:
         self._subscriptions: dict[Channel, Subscription] = {}
         self._own: list[Subscription] = []
         self._requests: Requests | None = None
+        self._token: Resume | None = None
+        self._begun_at = time.time()
+        self._revoked: dict[str, float] = {}  # channel -> until when grants for it are void
         self._loop = asyncio.get_running_loop()
         self._next_ping_at = math.inf
         self._unanswered_at: float | None = None  # when the first ping went out since anything came
@@ -133,6 +147,7 @@ class Connection:
         """Leave the hub. Idempotent; the transport calls it when the client is gone."""
         self._timer.cancel()
         self.send_queue.close(CloseCode.SERVER_ERROR, "closed")
+        self._shared.control.leave(self)
         if self._requests is not None:
             self._requests.close()
         for subscription in [*self._subscriptions.values(), *self._own]:
@@ -161,7 +176,10 @@ class Connection:
             return
         if resume is not None and resume.grant is not None and resume.grant.user not in (None, grant and grant.user):
             resume = None  # somebody else now: the id and what was sent to it stay with whom they belong to
-        self._grant = grant
+        self._grant, self._token = grant, resume
+        if not await self._is_admitted():
+            return
+        resume = self._token  # void if it was made before its user was disconnected
         connection = resume.connection if resume is not None else ConnectionId(secrets.token_urlsafe(16))
         positions = self._own_positions(command, connection, resume)
         if not await self._begin(connection, resume, positions):
@@ -173,6 +191,46 @@ class Connection:
                 self._subscribe(channel, position)
             except FrameError as error:
                 self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+
+    async def _is_admitted(self) -> bool:
+        """Look up what was revoked; False if that ends the connection, or cannot be known."""
+        self._shared.control.enter(self)
+        try:
+            await self._shared.control.look_up(self)
+        except BrokerUnavailable:
+            self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, "the broker does not answer; come back in a moment")
+        return self.send_queue.closed is None
+
+    @property
+    def identities(self) -> list[str]:
+        """By which the application can name this connection."""
+        connection = self.id or (self._token.connection if self._token is not None else None)
+        users = [] if self.user is None else [f"user:{self.user}"]
+        return users if connection is None else [*users, f"connection:{connection}"]
+
+    def revoke(self, identity: str, subject: str, at: float) -> None:
+        """Give up a channel, or `*`, everything, if what `identity` was given for it is no younger than `at`."""
+        token = self._token if self.id is None else None
+        if identity.startswith("user:"):
+            made_at = self._grant.issued_at if self._grant is not None else math.inf
+            if token is not None and token.issued_at <= at and subject == "*":
+                self._token = None
+        else:
+            made_at = token.issued_at if token is not None else self._begun_at
+        if made_at > at:
+            return
+        if subject == "*":
+            self.send_queue.close(CloseCode.DISCONNECTED, "the application ended this connection")
+            return
+        self._revoked[subject] = max(at, self._revoked.get(subject, 0.0))
+        subscription = self._subscriptions.get(Channel(subject))
+        if subscription is not None:
+            self._end_subscription(subscription, ErrorCode.REVOKED, "the application ended it")
+
+    def _end_subscription(self, subscription: Subscription, code: ErrorCode, reason: str) -> None:
+        del self._subscriptions[subscription.channel]
+        self._shared.hub.unsubscribe(subscription)
+        self.send_queue.put_nowait(protocol.unsubscribed(subscription.channel, code, reason))
 
     def _resumed(self, token: str | None, now: float) -> Resume | None:
         """Return what a resume token restores; one that is too old or not ours restores nothing."""
@@ -298,7 +356,9 @@ class Connection:
         if not is_protected(channel) and self._shared.is_public(channel):
             return True
         grant = self._grant
-        return grant is not None and grant.expires_at > time.time() and compile_patterns(grant.channels)(channel)
+        if grant is None or grant.expires_at <= time.time() or grant.issued_at <= self._revoked.get(channel, 0.0):
+            return False
+        return compile_patterns(grant.channels)(channel)
 
     def _forget_refused(self) -> None:
         for channel in [name for name, subscription in self._subscriptions.items() if not subscription.is_open]:

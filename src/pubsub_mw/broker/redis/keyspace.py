@@ -36,6 +36,10 @@ class Keyspace:
         """String: the position of the publication that was made with `key`."""
         return f"{self.prefix}:{{{channel}}}:i:{key}"
 
+    def revoked(self, identity: str) -> str:
+        """Hash: channel, or `*` -> seconds since 1970; grants and resume tokens made until then are void for it."""
+        return f"{self.prefix}:revoked:{identity}"
+
     @property
     def requests(self) -> str:
         """Stream: requests that wait or are worked on; consumer group `workers`."""

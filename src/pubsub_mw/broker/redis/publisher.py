@@ -64,6 +64,18 @@ class RedisBroker:
         _, secret = self.run(lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)])
         return str(secret.decode())
 
+    def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
+        """Remember a revocation and tell the realtime servers; see `Broker.revoke`."""
+        key = self._scripts.keyspace.revoked(identity)
+        lifetime = str(round(self._settings.revocation_ttl * 1_000))
+        self.run(
+            lambda is_retry: [
+                ("HSET", key, subject, repr(at)),
+                ("PEXPIRE", key, lifetime),
+                self._scripts.publish(news, is_retry=is_retry),
+            ]
+        )
+
     def queue(self, worker: str) -> "RedisQueue":
         """Return the request queue as the worker of that name sees it."""
         return RedisQueue(self, self._settings, worker)

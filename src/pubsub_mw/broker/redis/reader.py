@@ -76,6 +76,18 @@ class AsyncRedisBroker:
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {secret}")
         return secret.decode()
 
+    async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
+        """Return what was revoked; see `AsyncBroker.revoked`."""
+        calls = [("HGETALL", self._scripts.keyspace.revoked(identity)) for identity in identities]
+        replies = await self._run(lambda _: calls, self._settings.broker_timeout)
+        for reply in replies:
+            if isinstance(reply, redis.RedisError):
+                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+        return [
+            {subject.decode(): float(at) for subject, at in zip(reply[::2], reply[1::2], strict=True)}
+            for reply in replies
+        ]
+
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request; see `AsyncBroker.accept`."""
         answered = ("GET", self._scripts.keyspace.idempotency(reply_to, answer_key(request_id)))
