@@ -43,6 +43,7 @@ from pubsub_mw.model import (
     is_protected,
 )
 from pubsub_mw.publisher import AsyncPublisher
+from pubsub_mw.realtime.authorize import Authorizer
 from pubsub_mw.realtime.control import Control
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.requests import RequestGate, Requests
@@ -71,6 +72,7 @@ class Shared:
         self.is_public = compile_patterns(settings.public)
         self.gate = RequestGate(settings, broker, publisher, secret)
         self.control = Control(broker, hub, settings)
+        self.authorizer = Authorizer(broker, hub, settings, secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,9 @@ class Connection:
         self._subscriptions: dict[Channel, Subscription] = {}
         self._own: list[Subscription] = []
         self._requests: Requests | None = None
+        self._asking: dict[Channel, asyncio.Task[None]] = {}
+        self._app_user: str | None = None
+        self._app_info: object = None
         self._token: Resume | None = None
         self._begun_at = time.time()
         self._revoked: dict[str, float] = {}  # channel -> until when grants for it are void
@@ -110,7 +115,13 @@ class Connection:
 
     @property
     def user(self) -> str | None:
-        return self._grant.user if self._grant is not None else None
+        """Who the grant says it is, else the application."""
+        return self._grant.user if self._grant is not None and self._grant.user is not None else self._app_user
+
+    @property
+    def info(self) -> object:
+        """What presence shows beside the user."""
+        return self._grant.info if self._grant is not None and self._grant.user is not None else self._app_info
 
     async def receive(self, text: str | bytes) -> None:
         """Take one frame. Returns when its effect has been begun; answers come through `send_queue`."""
@@ -147,6 +158,8 @@ class Connection:
         """Leave the hub. Idempotent; the transport calls it when the client is gone."""
         self._timer.cancel()
         self.send_queue.close(CloseCode.SERVER_ERROR, "closed")
+        for task in list(self._asking.values()):
+            task.cancel()
         self._shared.control.leave(self)
         if self._requests is not None:
             self._requests.close()
@@ -337,20 +350,57 @@ class Connection:
         position = _position(channel, position_text) if position_text is not None else None
         self._forget_refused()
         limit = self._shared.settings.max_channels
-        if len(self._subscriptions) >= limit:
+        if len(self._subscriptions) + len(self._asking) >= limit:
             raise FrameError(
                 ErrorCode.TOO_MANY_CHANNELS, f"a connection may listen to {limit} channels", channel=channel
             )
+        if channel in self._asking:
+            raise FrameError(ErrorCode.ALREADY_SUBSCRIBED, "the application is asked about it already", channel=channel)
+        if self._may_listen(channel):
+            self._listen(channel, position)
+        elif self._shared.settings.authorize:
+            task = asyncio.create_task(self._ask(channel, position))
+            self._asking[channel] = task
+            task.add_done_callback(lambda _: self._asking.pop(channel, None))
+        else:
+            raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+
+    def _listen(self, channel: Channel, position: Position | None) -> None:
+        """Subscribe to a channel that this connection may listen to."""
         if is_presence(channel):
             raise FrameError(
                 ErrorCode.UNSUPPORTED, "presence channels are not supported by this version", channel=channel
             )
-        if not self._may_listen(channel):
-            raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
         assert self.id is not None
         subscription = Subscription(channel, self.id, self.send_queue, position)
         self._subscriptions[channel] = subscription
         self._shared.hub.subscribe(subscription)
+
+    async def _ask(self, channel: Channel, position: Position | None) -> None:
+        """Let the application decide, then subscribe or refuse."""
+        assert self.id is not None
+        try:
+            decision = await self._shared.authorizer.ask(channel, self.id, self.user, self.handshake)
+            if not decision.is_allowed or (decision.user is not None and self.user not in (None, decision.user)):
+                raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+            if decision.user is not None and self._app_user is None:
+                self._take_app_user(decision.user, decision.info)
+            self._listen(channel, position)
+        except BrokerUnavailable as error:
+            log.warning("%s: %s", channel, error)
+            message = "the application could not be asked; try again in a few seconds"
+            self.send_queue.put_nowait(protocol.error(ErrorCode.UNAVAILABLE, message, channel=channel))
+        except FrameError as error:
+            self.send_queue.put_nowait(protocol.error(error.code, str(error), channel=channel))
+
+    def _take_app_user(self, user: str, info: object) -> None:
+        """Be who the application says; from now on the user's own channel arrives too."""
+        self._app_user, self._app_info = user, info
+        if self._grant is None or self._grant.user is None:
+            assert self.id is not None
+            own = Subscription(channel_of_user(user), self.id, self.send_queue, None, is_announced=False)
+            self._own.append(own)
+            self._shared.hub.subscribe(own)
 
     def _may_listen(self, channel: Channel) -> bool:
         if not is_protected(channel) and self._shared.is_public(channel):
@@ -365,6 +415,11 @@ class Connection:
             del self._subscriptions[channel]
 
     def _unsubscribe(self, name: str) -> None:
+        asking = self._asking.pop(Channel(name), None)
+        if asking is not None:
+            asking.cancel()
+            self.send_queue.put_nowait(protocol.unsubscribed(name, "client", "as asked"))
+            return
         subscription = self._subscriptions.pop(Channel(name), None)
         if subscription is None or not subscription.is_open:
             raise FrameError(ErrorCode.NOT_SUBSCRIBED, "this connection does not listen to it", channel=name[:200])

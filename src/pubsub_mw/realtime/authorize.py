@@ -1,0 +1,136 @@
+"""Let the application decide who may listen, by a request with the visitor's own cookies.
+
+In:     a channel, and the connection that asks for it
+Out:    yes or no, and who the application says it is
+Owns:   the channel to which answers for this process come, and who waits for which
+Never:  caches a yes: it is asked anew on every subscription, so a logout is felt at the next one
+
+The request takes the way of every other one, so the application sees an ordinary GET.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from pubsub_mw.broker.codec import encode_request
+from pubsub_mw.broker.interface import Acceptance, AsyncBroker
+from pubsub_mw.errors import BrokerUnavailable, ChannelError
+from pubsub_mw.grants import queue_key
+from pubsub_mw.model import Channel, ConnectionId, Handshake, Request, channel_of_user
+from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.subscription import Subscription
+from pubsub_mw.settings import Settings
+
+__all__ = ["Authorizer", "Decision"]
+
+log = logging.getLogger("pubsub_mw")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The application's word.
+
+    Attributes:
+        is_allowed: whether the visitor may listen
+        user: who it is, or None if the application did not say
+        info: any JSON that presence shows beside the user
+    """
+
+    is_allowed: bool
+    user: str | None = None
+    info: object = None
+
+
+class Authorizer:
+    """Ask the application for one process's connections. `run` is awaited by its one owner."""
+
+    def __init__(self, broker: AsyncBroker, hub: Hub, settings: Settings, secret: str) -> None:
+        self._broker = broker
+        self._hub = hub
+        self._settings = settings
+        self._key = queue_key(secret)
+        self._channel = Channel(f"#server-{secrets.token_urlsafe(12)}")
+        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+
+    async def ask(self, channel: Channel, connection: ConnectionId, user: str | None, handshake: Handshake) -> Decision:
+        """Return the application's decision.
+
+        Raises:
+            BrokerUnavailable: the question could not be stored, or nobody answered within `request_timeout`.
+        """
+        request_id = f"authorize-{secrets.token_urlsafe(12)}"
+        request = Request(
+            connection=connection,
+            user=user,
+            transport="websocket",
+            id=request_id,
+            method="GET",
+            path=self._settings.authorize,
+            query=f"channel={quote(channel, safe='')}",
+            headers=(("accept", "application/json"),),
+            body=b"",
+            handshake=handshake,
+            reply_to=self._channel,
+        )
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = answer
+        try:
+            payload = encode_request(request, self._key)
+            accepted = await self._broker.accept(connection, request_id, payload, self._channel)
+            if accepted.acceptance is Acceptance.FULL:
+                raise BrokerUnavailable("the request queue is full")
+            async with asyncio.timeout(self._settings.request_timeout + self._settings.request_grace):
+                return _decision(await answer)
+        except TimeoutError:
+            raise BrokerUnavailable(f"no worker answered for {self._settings.authorize}") from None
+        finally:
+            del self._waiting[request_id]
+
+    async def run(self) -> NoReturn:
+        """Take answers, for ever."""
+        while True:
+            queue = SendQueue(self._settings.send_queue_bytes, self._settings.send_queue_bytes // 4)
+            name = ConnectionId("authorizer")
+            subscription = Subscription(self._channel, name, queue, None, is_announced=False)
+            self._hub.subscribe(subscription)
+            try:
+                while frame := await queue.take():
+                    self._take(json.loads(frame))
+            finally:
+                self._hub.unsubscribe(subscription)
+            log.error("answers of %s came faster than they could be read", self._settings.authorize)
+
+    def _take(self, frame: dict[str, Any]) -> None:
+        answer = self._waiting.get(frame.get("id", ""))
+        if answer is None or answer.done():
+            return
+        if frame["type"] == "response":
+            answer.set_result(frame)
+        elif frame["type"] == "response_start":
+            # A decision is no stream; its status is all that is taken of one.
+            answer.set_result({"status": frame["status"], "body": ""})
+
+
+def _decision(answer: dict[str, Any]) -> Decision:
+    if answer["status"] == 504:
+        raise BrokerUnavailable("the application did not answer in time")
+    if not 200 <= answer["status"] < 300:
+        return Decision(is_allowed=False)
+    try:
+        body = json.loads(answer["body"]) if answer["body"] else {}
+    except ValueError:
+        body = {}
+    if not isinstance(body, dict) or body.get("user") is None:
+        return Decision(is_allowed=True)
+    user = str(body["user"])
+    try:
+        channel_of_user(user)
+    except ChannelError as error:
+        log.error("the application named a user that cannot be one: %s", error)
+        return Decision(is_allowed=False)
+    return Decision(is_allowed=True, user=user, info=body.get("info"))
