@@ -238,6 +238,39 @@ def publish(
     click.echo(str(position))
 
 
+_user_option = click.option("--user", help="All connections of this user.")
+_connection_option = click.option("--connection", help="This connection alone.")
+
+
+@main.command()
+@_url_option
+@_user_option
+@_connection_option
+def disconnect(url: str | None, user: str | None, connection: str | None) -> None:
+    """End live connections, and bar the grants and resume tokens made until now."""
+    publisher = _publisher(url, user, connection)
+    publisher.disconnect(user=user, connection=connection)
+
+
+@main.command()
+@click.argument("channel")
+@_url_option
+@_user_option
+@_connection_option
+def unsubscribe(channel: str, url: str | None, user: str | None, connection: str | None) -> None:
+    """End subscriptions to CHANNEL, and bar the grants made until now from it."""
+    publisher = _publisher(url, user, connection)
+    publisher.unsubscribe(channel, user=user, connection=connection)
+
+
+def _publisher(url: str | None, user: str | None, connection: str | None) -> Publisher:
+    if (user is None) == (connection is None):
+        raise click.UsageError("give either --user or --connection")
+    if _prepare(url).url.startswith("memory:"):
+        raise click.UsageError("memory:// ends with this process; set PUBSUB_URL or --url to redis://...")
+    return Publisher()
+
+
 @main.command()
 @click.argument("channels", nargs=-1, required=True)
 @_url_option

@@ -51,6 +51,11 @@ class Settings:
         max_deliveries: of one request to workers; after that it is answered 500 and set aside
         authorize: a path of the app, such as `/pubsub/authorize`, that decides on subscriptions which no
             grant allows; it is asked with `?channel=...`; 2xx allows; "" = nobody decides
+        lifecycle: a path of the app, such as `/pubsub/lifecycle`, that is told by POST of connections that
+            begin and end; "" = none
+        lifecycle_grace: after which a connection that broke is reported as ended, if it was not resumed
+        presence_ttl: after which a server that gives no sign of life is taken for dead, and what it held is
+            reported gone
         public: patterns of unprefixed channels that all may listen to
         history_size: publications kept per channel
         history_ttl: how long they are kept after the channel's last publication
@@ -99,7 +104,10 @@ class Settings:
     queue_size: int = _number(10_000, 1, 10_000_000)
     lease: float = _number(10.0, 0.05, 86_400)
     max_deliveries: int = _number(5, 1, 1_000)
+    presence_ttl: float = _number(15.0, 0.1, 86_400)
     authorize: str = ""
+    lifecycle: str = ""
+    lifecycle_grace: float = _number(3.0, 0.0, 3_600)
     public: tuple[str, ...] = ("*",)
     history_size: int = _number(100, 1, 1_000_000)
     history_ttl: float = _number(300.0, 0.001, 31_536_000)
@@ -142,8 +150,10 @@ class Settings:
             )
         if self.position_ttl < self.history_ttl:
             raise SettingsError("position_ttl must be at least history_ttl, or kept history could not be recovered")
-        if self.authorize and not self.authorize.startswith("/"):
-            raise SettingsError(f"authorize {self.authorize!r} must be a path that begins with /")
+        for name in ("authorize", "lifecycle"):
+            path = getattr(self, name)
+            if path and not path.startswith("/"):
+                raise SettingsError(f"{name} {path!r} must be a path that begins with /")
         for origin in self.origins:
             if origin != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]+", origin):
                 raise SettingsError(f"origin {origin!r} must be scheme://host or scheme://host:port, or *")

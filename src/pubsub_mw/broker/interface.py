@@ -183,6 +183,15 @@ class AsyncBroker(Protocol):
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request for a worker, in one step with the checks that it is new and that there is room."""
 
+    async def report_begin(self, server: str, connection: ConnectionId, begin: bytes, end: bytes) -> None:
+        """Store the report that a connection began, unless it was there already, and keep the report of its end."""
+
+    async def report_end(self, server: str, connection: ConnectionId) -> None:
+        """Store the report that a connection ended, unless another server holds it by now."""
+
+    async def keep_lease(self, server: str, lease: float) -> None:
+        """Say that `server` lives for `lease` seconds more, and store the reports of servers that do not."""
+
     async def cancel(self, connection: ConnectionId, request_id: str) -> None:
         """Note that an answer is not wanted any more."""
 

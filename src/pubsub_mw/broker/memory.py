@@ -69,6 +69,7 @@ class MemoryBroker:
         self._cancelled: dict[tuple[str, str], float] = {}
         self._arrived = threading.Condition(self._lock)
         self._entry = 0
+        self._reports: dict[ConnectionId, bytes] = {}
         self._revoked: dict[str, dict[str, float]] = {}
         self._secret = secrets.token_hex(32)
         self._published = 0
@@ -145,6 +146,24 @@ class MemoryBroker:
         """Note that this process has a realtime endpoint, so publishing here is no mistake."""
         self._has_endpoint = True
 
+    def report(self, connection: ConnectionId, begin: bytes, end: bytes) -> None:
+        """Store the report that a connection began, unless it was there already."""
+        with self._lock:
+            if connection not in self._reports:
+                self._put(begin)
+            self._reports[connection] = end
+
+    def report_end(self, connection: ConnectionId) -> None:
+        with self._lock:
+            end = self._reports.pop(connection, None)
+            if end is not None:
+                self._put(end)
+
+    def _put(self, payload: bytes) -> None:
+        self._entry += 1
+        self._requests[str(self._entry)] = _Waiting(payload, time.monotonic())
+        self._arrived.notify()
+
     def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
         with self._lock:
             self._revoked.setdefault(identity, {})[subject] = at
@@ -165,10 +184,8 @@ class MemoryBroker:
                 return Accepted(Acceptance.KNOWN, answered_at)
             if len(self._requests) >= self._settings.queue_size:
                 return Accepted(Acceptance.FULL, answered_at)
-            self._entry += 1
-            self._requests[str(self._entry)] = _Waiting(payload, now)
+            self._put(payload)
             self._claims[claim] = now + self._settings.idempotency_ttl
-            self._arrived.notify()
             return Accepted(Acceptance.STORED, answered_at)
 
     def cancel(self, connection: ConnectionId, request_id: str) -> None:
@@ -364,6 +381,15 @@ class AsyncMemoryBroker:
 
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         return self._broker.accept(connection, request_id, payload, reply_to)
+
+    async def report_begin(self, server: str, connection: ConnectionId, begin: bytes, end: bytes) -> None:  # noqa: ARG002
+        self._broker.report(connection, begin, end)
+
+    async def report_end(self, server: str, connection: ConnectionId) -> None:  # noqa: ARG002 - there is one server
+        self._broker.report_end(connection)
+
+    async def keep_lease(self, server: str, lease: float) -> None:
+        """Nothing to keep: the server and the broker end together."""
 
     async def cancel(self, connection: ConnectionId, request_id: str) -> None:
         self._broker.cancel(connection, request_id)

@@ -229,6 +229,8 @@ class _Running:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self.hub.run())
                     tasks.create_task(self.shared.control.run())
+                    if self.shared.settings.lifecycle:
+                        tasks.create_task(self.shared.lifecycle.run())
                     if self.shared.settings.authorize:
                         tasks.create_task(self.shared.authorizer.run())
             except Exception:

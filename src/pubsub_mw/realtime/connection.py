@@ -46,6 +46,7 @@ from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.authorize import Authorizer
 from pubsub_mw.realtime.control import Control
 from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.lifecycle import Lifecycle
 from pubsub_mw.realtime.requests import RequestGate, Requests
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
@@ -73,6 +74,7 @@ class Shared:
         self.gate = RequestGate(settings, broker, publisher, secret)
         self.control = Control(broker, hub, settings)
         self.authorizer = Authorizer(broker, hub, settings, secret)
+        self.lifecycle = Lifecycle(broker, settings, secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +169,8 @@ class Connection:
             self._shared.hub.unsubscribe(subscription)
         self._subscriptions.clear()
         self._own.clear()
-        if self.id is not None:
-            self._shared.hub.close(self.id, self.send_queue)
+        if self.id is not None and self._shared.hub.close(self.id, self.send_queue):
+            self._shared.lifecycle.end(self.id)
 
     # Who it is.
 
@@ -307,6 +309,7 @@ class Connection:
             return False
         self.id = connection
         hub.open(connection, self.send_queue)
+        self._shared.lifecycle.begin(connection, self.user, "websocket", self.handshake)
         token = sign_resume(
             self._shared.secret,
             Resume(connection=connection, grant=self._grant, user_position=user_position, issued_at=time.time()),

@@ -104,10 +104,12 @@ class Hub:
         if older is not None:
             older.close(CloseCode.REPLACED, "this connection was resumed elsewhere")
 
-    def close(self, connection: ConnectionId, send_queue: SendQueue) -> None:
-        """Forget a connection, unless another one has taken over its id."""
-        if self._connections.get(connection) is send_queue:
-            del self._connections[connection]
+    def close(self, connection: ConnectionId, send_queue: SendQueue) -> bool:
+        """Forget a connection, and return True, unless another one has taken over its id."""
+        if self._connections.get(connection) is not send_queue:
+            return False
+        del self._connections[connection]
+        return True
 
     def subscribe(self, subscription: Subscription) -> None:
         """Take a subscription; its answer comes through its send queue."""

@@ -37,7 +37,7 @@ from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 
-__all__ = ["RequestGate", "Requests"]
+__all__ = ["RequestCheck", "RequestGate", "Requests"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -58,14 +58,11 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _QUERY = re.compile(r"[!-~]*\Z")
 
 
-class RequestGate:
-    """What all connections of a process have in common: what may be requested, and where it goes."""
+class RequestCheck:
+    """What clients may request, and with which headers."""
 
-    def __init__(self, settings: Settings, broker: AsyncBroker, publisher: AsyncPublisher, secret: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.broker = broker
-        self.publisher = publisher
-        self.key = queue_key(secret)
         self._is_allowed = compile_patterns(settings.requests)
         self._headers = _HEADERS | {name.lower() for name in settings.request_headers}
 
@@ -93,7 +90,7 @@ class RequestGate:
                 ErrorCode.BAD_FRAME,
                 "path must begin with one /, be percent-encoded, and hold no . or .. segment, no %2f and no backslash",
             )
-        if not self._is_allowed(path):
+        if not self._is_allowed(path) or path in (self.settings.authorize, self.settings.lifecycle):
             raise refused(
                 ErrorCode.FORBIDDEN, f"{path!r:.100} may not be requested over a connection (PUBSUB_REQUESTS)"
             )
@@ -128,6 +125,16 @@ class RequestGate:
                 raise refused(ErrorCode.BAD_FRAME, f"header {lower} holds a control character")
             if lower in self._headers and not _NEVER.match(lower):
                 yield lower, value.strip(" \t")
+
+
+class RequestGate(RequestCheck):
+    """What all connections of a process have in common: what may be requested, and where it goes."""
+
+    def __init__(self, settings: Settings, broker: AsyncBroker, publisher: AsyncPublisher, secret: str) -> None:
+        super().__init__(settings)
+        self.broker = broker
+        self.publisher = publisher
+        self.key = queue_key(secret)
 
 
 def _normal(raw: str) -> str | None:

@@ -39,8 +39,8 @@ class Answer:
     def __init__(self, request: Request, settings: Settings) -> None:
         self.request = request
         self._settings = settings
-        self._status = 500
-        self._headers: dict[str, str] = {}
+        self.status = 500
+        self.headers: dict[str, str] = {}
         self._held: bytes | None = None  # the first chunk, while it may still be the only one
         self._parts = 0
         self.is_started = False
@@ -48,12 +48,12 @@ class Answer:
 
     def head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
         """Take the status line and headers; nothing goes out yet."""
-        self._status = status
-        self._headers = {}
+        self.status = status
+        self.headers = {}
         for name, value in headers:
             name = name.lower()
             if name in _HEADERS:
-                self._headers[name] = f"{self._headers[name]}, {value}" if name in self._headers else value
+                self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
             elif name == "set-cookie":
                 log.error(
                     "%s %s set a cookie on a request that came through a connection; it was dropped: "
@@ -66,7 +66,7 @@ class Answer:
         """Finish with `body`, all of it."""
         if len(body) <= _CHUNK_BYTES:
             self.is_complete = True
-            head = protocol.response_head(self.request.id, self._status, self._headers, body)
+            head = protocol.response_head(self.request.id, self.status, self.headers, body)
             return [self._draft(head, answer_key(self.request.id), ".")]
         return [*self.start(), *self.chunk(body), *self.end(None)]
 
@@ -88,7 +88,7 @@ class Answer:
             return []
         self.is_started = True
         held, self._held = self._held, None
-        head = protocol.response_start_head(self.request.id, self._status, self._headers)
+        head = protocol.response_start_head(self.request.id, self.status, self.headers)
         drafts = [self._draft(head, answer_key(self.request.id), ">")]
         return drafts + (self.chunk(held) if held else [])
 
@@ -98,7 +98,7 @@ class Answer:
             return []
         if not self.is_started:
             if problem is not None:
-                self._status, self._headers = 500, {"content-type": "text/plain; charset=utf-8"}
+                self.status, self.headers = 500, {"content-type": "text/plain; charset=utf-8"}
                 return self.whole(b"Internal Server Error\n")
             return self.whole(self._held or b"")
         self.is_complete = True

@@ -46,6 +46,21 @@ class Keyspace:
         return f"{self.prefix}:{{requests}}:q"
 
     @property
+    def owners(self) -> str:
+        """Hash: connection -> the server that holds it. Kept for the lifecycle reports."""
+        return f"{self.prefix}:{{requests}}:owners"
+
+    @property
+    def held_by(self) -> str:
+        """Prefix, with a server's name after it. Hash: connection -> the report of its end."""
+        return f"{self.prefix}:{{requests}}:held:"
+
+    @property
+    def leases(self) -> str:
+        """Sorted set: server -> until when it is taken to live."""
+        return f"{self.prefix}:{{requests}}:leases"
+
+    @property
     def dead(self) -> str:
         """Stream: requests that were set aside."""
         return f"{self.prefix}:{{requests}}:dead"

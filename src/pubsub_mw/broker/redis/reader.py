@@ -28,6 +28,10 @@ _MAX_CONNECTIONS = 32
 """Exchanges under way at once; further ones wait, within their own time."""
 
 
+_REPORTS_PER_CALL = 500
+"""Connections of a dead server that one script call reports, so that it does not hold up Redis."""
+
+
 class AsyncRedisBroker:
     """`AsyncBroker` on one Redis server, for one event loop."""
 
@@ -97,6 +101,25 @@ class AsyncRedisBroker:
             if isinstance(item, redis.RedisError):
                 raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {item}") from item
         return Accepted(Acceptance(reply), Scripts.position_from(position) if position else None)
+
+    async def report_begin(self, server: str, connection: ConnectionId, begin: bytes, end: bytes) -> None:
+        """Report a connection; see `AsyncBroker.report_begin`."""
+        await self._call(self._scripts.connection_begin(connection, server, begin, end))
+
+    async def report_end(self, server: str, connection: ConnectionId) -> None:
+        """Report the end of a connection; see `AsyncBroker.report_end`."""
+        await self._call(self._scripts.connection_end(connection, server))
+
+    async def keep_lease(self, server: str, lease: float) -> None:
+        """Keep a server's lease; see `AsyncBroker.keep_lease`."""
+        while await self._call(self._scripts.server_lease(server, lease, _REPORTS_PER_CALL)) >= _REPORTS_PER_CALL:
+            pass
+
+    async def _call(self, call: Call) -> Any:
+        (reply,) = await self._run(lambda _: [call], self._settings.broker_timeout)
+        if isinstance(reply, redis.RedisError):
+            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+        return reply
 
     async def cancel(self, connection: ConnectionId, request_id: str) -> None:
         """Note that an answer is not wanted any more."""

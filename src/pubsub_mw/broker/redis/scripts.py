@@ -46,6 +46,9 @@ _PUBLISH = _load("publish.lua")
 _READ = _load("read.lua")
 _ACCEPT = _load("accept.lua")
 _RECLAIM = _load("reclaim.lua")
+_CONNECTION_BEGIN = _load("connection_begin.lua")
+_CONNECTION_END = _load("connection_end.lua")
+_SERVER_LEASE = _load("server_lease.lua")
 
 
 class Scripts:
@@ -101,6 +104,18 @@ class Scripts:
 
     def reclaim(self, group: str, worker: str, lease: float, limit: int) -> Call:
         return Call(*_RECLAIM, (self.keyspace.requests,), (group, worker, _milliseconds(lease), str(limit)))
+
+    def connection_begin(self, connection: ConnectionId, server: str, begin: bytes, end: bytes) -> Call:
+        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by)
+        return Call(*_CONNECTION_BEGIN, keys, (connection, server, begin, end))
+
+    def connection_end(self, connection: ConnectionId, server: str) -> Call:
+        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by)
+        return Call(*_CONNECTION_END, keys, (connection, server))
+
+    def server_lease(self, server: str, lease: float, most: int) -> Call:
+        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by, self.keyspace.leases)
+        return Call(*_SERVER_LEASE, keys, (server, _milliseconds(lease), str(most)))
 
     @staticmethod
     def position_from(reply: bytes) -> Position:
