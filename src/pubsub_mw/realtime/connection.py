@@ -364,7 +364,7 @@ class Connection:
         elif self._shared.settings.authorize:
             task = asyncio.create_task(self._ask(channel, position))
             self._asking[channel] = task
-            task.add_done_callback(lambda _: self._asking.pop(channel, None))
+            task.add_done_callback(lambda _: self._forget_asking(channel, task))
         else:
             raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
 
@@ -395,6 +395,12 @@ class Connection:
             self.send_queue.put_nowait(protocol.error(ErrorCode.UNAVAILABLE, message, channel=channel))
         except FrameError as error:
             self.send_queue.put_nowait(protocol.error(error.code, str(error), channel=channel))
+
+    def _forget_asking(self, channel: Channel, task: "asyncio.Task[None]") -> None:
+        if self._asking.get(channel) is task:
+            del self._asking[channel]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("asking about %s failed by a fault of the server", channel, exc_info=task.exception())
 
     def _take_app_user(self, user: str, info: object) -> None:
         """Be who the application says; from now on the user's own channel arrives too."""
