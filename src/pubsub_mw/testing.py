@@ -1,6 +1,6 @@
 """See what a test's request published; no broker needed.
 
-In:     a Flask or Django test that makes requests
+In:     a test that makes requests, through the wrapped WSGI app (which Django's own test client passes by)
 Out:    the publications, in order
 Owns:   an engine that records, in the place of the broker, while `capture` is open
 Never:  delivers anything; changes what the application may publish (names, sizes and data are checked as ever)

@@ -44,7 +44,10 @@ class CatchUp:
 
 
 def catch_up(position: Position | None, page: HistoryPage) -> CatchUp:
-    """Find what somebody at `position` missed; None = they begin now. Publications are all or none."""
+    """Find what somebody at `position` missed; None = they begin now. Publications are all or none.
+
+    A page that is not complete may end before `position`: then nothing is known yet, and they stay where they are.
+    """
     top = page.top
     if position is None:
         return CatchUp(top, (), None)
@@ -64,7 +67,8 @@ def catch_up(position: Position | None, page: HistoryPage) -> CatchUp:
         if not publication.frame:
             return CatchUp(top, (), GapReason.TRIMMED)
         position = publication.position
-    if not missed or (page.is_complete and position != top):
+    # A page that ends before `position`, because others are further behind, says nothing yet.
+    if page.is_complete and position != top:
         return CatchUp(top, (), GapReason.TRIMMED)
     return CatchUp(position, missed, None)
 
@@ -112,7 +116,7 @@ class Track:
 class Subscription:
     """One connection on one channel.
 
-    While it is live its position is the channel's track; `position` holds only while it catches up.
+    While it is live its position is the channel's track; `position` is then where it went live.
 
     Args:
         channel: its name
@@ -130,6 +134,7 @@ class Subscription:
         "has_begun",
         "is_announced",
         "is_fresh",
+        "is_held",
         "is_open",
         "position",
         "registered_at",
@@ -157,6 +162,7 @@ class Subscription:
         self.settled = settled
         self.has_begun = False
         self.is_open = True
+        self.is_held = False  # the hub waits for its client to read before it is sent more of history
         self.registered_at = 0.0
 
     def settle(self, succeeded: bool) -> None:
