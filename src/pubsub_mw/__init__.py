@@ -4,13 +4,21 @@
 `pubsub_mw.asgi:app`, or `pubsub_mw.realtime.Realtime` inside another ASGI app.
 """
 
-from pubsub_mw.errors import ChannelError, PublicationTooLarge, PublishError, PubSubError, SettingsError
+from pubsub_mw.errors import (
+    BrokerUnavailable,
+    ChannelError,
+    PublicationTooLarge,
+    PublishError,
+    PubSubError,
+    SettingsError,
+)
 from pubsub_mw.middleware import PubSub
 from pubsub_mw.model import Position
 from pubsub_mw.publisher import AsyncPublisher, Publisher
 
 __all__ = [
     "AsyncPublisher",
+    "BrokerUnavailable",
     "ChannelError",
     "Position",
     "PubSub",

@@ -13,19 +13,21 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
-from asgiref.sync import ThreadSensitiveContext
+from asgiref.sync import sync_to_async
 from asgiref.wsgi import WsgiToAsgiInstance
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pubsub_mw.apps import is_asgi
+from pubsub_mw.drafts import build_draft
 from pubsub_mw.errors import PublishError
 from pubsub_mw.middleware import PubSub
 from pubsub_mw.model import Draft, Position
-from pubsub_mw.publisher import AsyncPublisher, build_draft
+from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.app import Realtime
 from pubsub_mw.worker import Worker
 
@@ -124,7 +126,9 @@ class _WithRealtime:
 
         async def receive_both() -> Message:
             message = await receive()
-            if message["type"] == "lifespan.shutdown":
+            if message["type"] == "lifespan.startup" and is_shared:
+                await self.realtime.open()
+            elif message["type"] == "lifespan.shutdown":
                 await self._stop_worker()
                 if is_shared:
                     await self.realtime.stop()
@@ -138,32 +142,38 @@ class _WsgiApp:
 
     def __init__(self, app: "WSGIApplication") -> None:
         self._app = app
-        self._slots = asyncio.Semaphore(_THREADS)
+        self._threads = ThreadPoolExecutor(_THREADS, "wsgi")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await _WsgiRequest(self._app, self._slots, receive)(scope, receive, send)
+            await _WsgiRequest(self._app, self._threads, receive)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1000, "reason": f"WebSockets are at {MOUNT}"})
+
+
+_run_wsgi_app = vars(WsgiToAsgiInstance)["run_wsgi_app"].func
+"""asgiref's synchronous part of a request, without the choice of a thread around it."""
 
 
 class _WsgiRequest(WsgiToAsgiInstance):
     """asgiref's bridge, with what it lacks: `close()`, a thread per request, an end when the client is gone."""
 
-    def __init__(self, app: "WSGIApplication", slots: asyncio.Semaphore, receive: Receive) -> None:
+    def __init__(self, app: "WSGIApplication", threads: ThreadPoolExecutor, receive: Receive) -> None:
         super().__init__(self._run_app)  # type: ignore[no-untyped-call]
         self._wrapped = app
-        self._slots = slots
+        self._threads = threads
         self._receive = receive
         self._is_gone = threading.Event()
 
     async def run_wsgi_app(self, body: Any) -> None:
-        async with self._slots, ThreadSensitiveContext():
-            watcher = asyncio.create_task(self._watch())
-            try:
-                await super().run_wsgi_app(body)
-            finally:
-                watcher.cancel()
+        # asgiref would take the thread from the context, and on a connection that is kept alive the next request can
+        # inherit the context of the one before: its thread has ended, or serves somebody else.
+        run = sync_to_async(_run_wsgi_app, thread_sensitive=False, executor=self._threads)
+        watcher = asyncio.create_task(self._watch())
+        try:
+            await run(self, body)
+        finally:
+            watcher.cancel()
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -8,6 +8,8 @@ Never:  shows a traceback for what the user can mend; puts a secret on the scree
 
 import asyncio
 import copy
+import dataclasses
+import errno
 import importlib.util
 import json
 import logging.config
@@ -15,13 +17,12 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import uvicorn
-from starlette.types import ASGIApp
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
@@ -29,7 +30,7 @@ from pubsub_mw import __version__
 from pubsub_mw.apps import is_asgi, load_app
 from pubsub_mw.asgi import with_realtime
 from pubsub_mw.broker.engines import open_async_broker
-from pubsub_mw.client import Gap, Message, connect
+from pubsub_mw.client import Connection, Gap, connect
 from pubsub_mw.errors import PubSubError
 from pubsub_mw.model import ConnectionId, Position, check_channel
 from pubsub_mw.publisher import Publisher
@@ -50,6 +51,8 @@ _TCP_USER_TIMEOUT_MS = 10_000
 
 _GRACE_SECONDS = 3
 """After the drain, for what still runs; then it is cancelled."""
+
+_PORT = click.IntRange(0, 65_535)
 
 _DEFAULT_SERVER = "http://127.0.0.1:8000/realtime"
 
@@ -90,7 +93,7 @@ _proxy_option = click.option(
 @click.argument("app")
 @_url_option
 @_host_option
-@click.option("--port", type=int, default=8000, show_default=True, help="0 = any free one.")
+@click.option("--port", type=_PORT, default=8000, show_default=True, help="0 = any free one.")
 @click.option("--reload", is_flag=True, help="Start again when a source file changes (development).")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes; needs Redis.")
 @_drain_option
@@ -129,7 +132,7 @@ def serve(
 @main.command()
 @_url_option
 @_host_option
-@click.option("--port", type=int, default=8001, show_default=True, help="0 = any free one.")
+@click.option("--port", type=_PORT, default=8001, show_default=True, help="0 = any free one.")
 @click.option(
     "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes; one per core is enough."
 )
@@ -347,7 +350,7 @@ def _prepare(url: str | None, drain: float | None = None) -> Settings:
     return Settings.build()
 
 
-def serving() -> ASGIApp:
+def serving() -> Callable[..., Awaitable[None]]:
     """Build the ASGI app of `serve`; called in each server process."""
     return with_realtime(load_app(os.environ[_APP_VARIABLE]))
 
@@ -403,7 +406,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        hint = "choose another one by --port" if port else "choose another address by --host"
+        is_taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        hint = "choose another port by --port" if is_taken else "choose another address by --host"
         raise click.ClickException(f"cannot listen on {host}:{port}: {error.strerror}; {hint}") from error
     listener.set_inheritable(True)
     return listener
@@ -439,7 +443,8 @@ async def _print_frames(frames: AsyncIterator[dict[str, Any]]) -> None:
         elif kind == "gap":
             click.echo(f"missed something on {frame['channel']} ({frame['reason']})", err=True)
         elif kind == "error":
-            raise click.ClickException(f"{frame.get('channel', '')}: {frame['message']}")
+            channel = f"{frame['channel']}: " if "channel" in frame else ""
+            raise click.ClickException(channel + frame["message"])
 
 
 async def _frames_of_broker(
@@ -470,23 +475,24 @@ async def _frames_of_server(
     """Listen as a client does."""
     frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue(1_000)
 
-    async def on_message(message: Message) -> None:
-        await frames.put(
-            {
-                "type": "message",
-                "channel": message.channel,
-                "event": message.event,
-                "data": message.data,
-                "position": message.position,
-            }
-        )
-
     async def on_gap(gap: Gap) -> None:
         await frames.put({"type": "gap", "channel": gap.channel, "reason": gap.reason})
 
+    async def follow(connection: Connection, channel: str) -> None:
+        try:
+            subscription = await connection.subscribe(channel, position=position, on_gap=on_gap)
+            await frames.put({"type": "subscribed", "channel": channel, "recovered": None})
+            async for message in subscription:
+                await frames.put({"type": "message", **dataclasses.asdict(message)})
+        except PubSubError as error:
+            await frames.put({"type": "error", "message": str(error)})
+
     async with connect(server, grant=grant) as connection:
-        for channel in dict.fromkeys(channels):
-            await connection.subscribe(channel, on_message, position=position, on_gap=on_gap)
-            yield {"type": "subscribed", "channel": channel, "recovered": None}
-        while True:
-            yield await frames.get()
+        tasks = [asyncio.create_task(follow(connection, channel)) for channel in dict.fromkeys(channels)]
+        try:
+            while True:
+                yield await frames.get()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

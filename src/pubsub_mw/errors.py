@@ -48,7 +48,7 @@ class CloseCode(IntEnum):
     SERVER_ERROR = 3006  # a fault of ours; it is in the server's log
     GRANT_INVALID = 3500  # the grant's signature, shape or algorithm is wrong
     GRANT_EXPIRED = 3501  # the grant is past its `exp`; come back with a fresh one
-    REPLACED = 3502  # the same connection id was opened again, by another tab or server
+    REPLACED = 3502  # the same connection id was resumed on another socket of this server process
     DISCONNECTED = 3503  # the application ended it
 
 

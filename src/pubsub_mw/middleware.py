@@ -12,9 +12,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pubsub_mw.drafts import build_draft
 from pubsub_mw.errors import PublishError
 from pubsub_mw.model import Draft, Position
-from pubsub_mw.publisher import Publisher, build_draft
+from pubsub_mw.publisher import Publisher
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -146,6 +147,10 @@ class RequestPublisher:
         """Take the status that the app gave; the last one counts."""
         self._status = status
 
+    def forget(self) -> None:
+        """Drop what waits: the app raised."""
+        self._waiting.clear()
+
     def finish(self) -> None:
         """Publish what waits if the status is below 500, else forget it. Never raises."""
         self._is_finished = True
@@ -176,14 +181,23 @@ class _LateStart:
         return self
 
     def __next__(self) -> bytes:
-        if self._chunks is None:
-            self._chunks = iter(self._response)
         try:
-            return next(self._chunks)
-        finally:
-            if self._is_open and self._publish.has_status:
-                self._is_open = False
-                self._publish.finish()
+            if self._chunks is None:
+                self._chunks = iter(self._response)
+            chunk = next(self._chunks)
+        except StopIteration:
+            self._settle()
+            raise
+        except BaseException:
+            self._publish.forget()
+            raise
+        self._settle()
+        return chunk
+
+    def _settle(self) -> None:
+        if self._is_open and self._publish.has_status:
+            self._is_open = False
+            self._publish.finish()
 
     def close(self) -> None:
         close = getattr(self._response, "close", None)

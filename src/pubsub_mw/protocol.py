@@ -12,7 +12,7 @@ A client sends:
 `connect`       first, within `connect_timeout`. `grant` (text, optional); `resume` (text, optional: from the
                 last `connected`); `channels` (object, optional: channel -> position as text, or null)
 `subscribe`     `channel`; `position` (text, optional: the last one received); `grant` (text, optional:
-                replaces the connection's grant)
+                counts beside the connection's grant, until the first of the two expires)
 `unsubscribe`   `channel`
 `publish`       `channel`, `data` (any JSON), `event` (text, optional, default "message"), `id` (text, optional:
                 comes back in an `error`). Straight to a channel, where a grant's `publish` allows it

@@ -2,7 +2,7 @@
 
 In:     a channel and any data that JSON can say
 Out:    a position, when the broker has it; an exception otherwise
-Owns:   what may be published: the checks, the encoding (once), the bounds
+Owns:   the two publishers; grants are made here too, because whoever publishes says who may listen
 Never:  touches a web framework; keeps state of a request
 
 `Publisher` is thread-safe and fork-safe: make one per process, or one for many that are forked later. `AsyncPublisher`
@@ -10,50 +10,36 @@ is the same for code on an event loop; it may be used from several loops, one af
 """
 
 import asyncio
-import dataclasses
 import json
 import logging
-import math
-import secrets
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, timedelta
-from datetime import time as clock_time
-from decimal import Decimal
-from enum import Enum
-from pathlib import PurePath
 from typing import Any
-from uuid import UUID
 from weakref import WeakKeyDictionary
 
-import orjson
-
-from pubsub_mw.broker.engines import current_stand_in, open_async_broker, open_broker
+from pubsub_mw.broker.engines import current_stand_in, load_engine, open_async_broker, open_broker
 from pubsub_mw.broker.interface import AsyncBroker, Broker
 from pubsub_mw.broker.memory import AsyncMemoryBroker
-from pubsub_mw.errors import BrokerUnavailable, PublicationTooLarge, PublishError
+from pubsub_mw.drafts import build_answer_draft, build_draft, build_drafts, encode_data
+from pubsub_mw.errors import BrokerUnavailable, PublishError
 from pubsub_mw.grants import sign_grant
 from pubsub_mw.model import (
     CONNECTION_PREFIX,
     CONTROL_CHANNEL,
     USER_PREFIX,
-    Channel,
     Draft,
     Position,
     check_channel,
     check_subscribable,
 )
-from pubsub_mw.protocol import head_of, message_head
+from pubsub_mw.protocol import head_of
 from pubsub_mw.settings import Settings
 
-__all__ = ["AsyncPublisher", "Publisher", "build_answer_draft", "build_draft", "encode_data"]
+__all__ = ["AsyncPublisher", "Publisher", "warn_of_secret"]
 
 log = logging.getLogger("pubsub_mw")
 
-_TAG_BYTES = 6
-_MAX_EVENT_LENGTH = 200
-_MAX_KEY_LENGTH = 200
+_MAX_EXPIRES = 100 * 366 * 86_400
 
 
 class Publisher:
@@ -167,19 +153,11 @@ class Publisher:
             ValueError, TypeError: an argument is wrong.
             BrokerUnavailable: no `secret` is set and the one in the broker could not be read.
         """
-        self._check_grant(channels, publish, expires)
+        claims = _grant_claims(user, channels, publish, info, expires)
         if self._secret is None:
             self._secret = self._broker.secret()
             warn_of_secret(self.settings)
-        return sign_grant(
-            self._secret,
-            now=time.time(),
-            expires=expires,
-            user=None if user is None else str(user),
-            channels=tuple(channels),
-            publish=tuple(publish),
-            info=None if info is None else json.loads(encode_data(info)),
-        )
+        return sign_grant(self._secret, now=time.time(), **claims)
 
     def disconnect(self, *, user: str | None = None, connection: str | None = None) -> None:
         """End every live connection of a user, or one connection, and bar the grants and resume tokens made until now.
@@ -217,14 +195,6 @@ class Publisher:
         except BrokerUnavailable as error:
             raise _publish_error([draft], error) from error
 
-    @staticmethod
-    def _check_grant(channels: Iterable[str], publish: Iterable[str], expires: float) -> None:
-        for name, patterns in (("channels", channels), ("publish", publish)):
-            if isinstance(patterns, str):
-                raise TypeError(f"{name} is a list of patterns, not one text; write [{patterns!r}]")
-        if not (expires > 0 and math.isfinite(expires)):
-            raise ValueError(f"expires={expires} must be a positive number of seconds")
-
     def close(self) -> None:
         """Give idle connections back; the publisher stays usable."""
         self._broker.close()
@@ -235,6 +205,8 @@ class AsyncPublisher:
 
     def __init__(self, url: str | None = None, **settings: Any) -> None:
         self.settings = Settings.build(url, **settings)
+        self._secret = self.settings.secret
+        load_engine(self.settings)
         self._brokers: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncBroker] = WeakKeyDictionary()
 
     def _broker(self) -> AsyncBroker:
@@ -283,17 +255,56 @@ class AsyncPublisher:
             raise _publish_error(drafts, error) from error
 
     async def position(self, channel: str) -> Position:
-        """As `Publisher.position`."""
+        """As `Publisher.position`, but within `broker_timeout`."""
         (page,) = await self._broker().read([(check_channel(channel), None)], page_bytes=1)
         if isinstance(page, Exception):
             raise page
         return page.top
+
+    async def grant(
+        self,
+        user: str | None = None,
+        channels: Iterable[str] = (),
+        publish: Iterable[str] = (),
+        info: object = None,
+        expires: float = 3600,
+    ) -> str:
+        """As `Publisher.grant`."""
+        claims = _grant_claims(user, channels, publish, info, expires)
+        if self._secret is None:
+            self._secret = await self._broker().secret()
+            warn_of_secret(self.settings)
+        return sign_grant(self._secret, now=time.time(), **claims)
 
     async def close(self) -> None:
         """Give the running loop's connections back."""
         broker = self._brokers.pop(asyncio.get_running_loop(), None)
         if broker is not None:
             await broker.close()
+
+
+def _grant_claims(
+    user: str | None, channels: Iterable[str], publish: Iterable[str], info: object, expires: float
+) -> dict[str, Any]:
+    """Check what a grant shall say, and return it as `sign_grant` takes it."""
+    if not 0 < expires <= _MAX_EXPIRES:
+        raise ValueError(f"expires={expires} must be a number of seconds, up to a hundred years")
+    return {
+        "expires": expires,
+        "user": None if user is None else str(user),
+        "channels": _patterns("channels", channels),
+        "publish": _patterns("publish", publish),
+        "info": None if info is None else json.loads(encode_data(info)),
+    }
+
+
+def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{name} is a list of patterns, not one text; write [{patterns!r}]")
+    checked = tuple(patterns)
+    if not all(isinstance(pattern, str) for pattern in checked):
+        raise TypeError(f"{name} is a list of patterns, and each is a text")
+    return checked
 
 
 def warn_of_secret(settings: Settings) -> None:
@@ -303,137 +314,6 @@ def warn_of_secret(settings: Settings) -> None:
         "readable for all who may read there. Set it, the same for every process",
         settings.safe_url,
     )
-
-
-def build_drafts(settings: Settings, items: Iterable[tuple[str, object] | Mapping[str, Any]]) -> list[Draft]:
-    """Check and encode `many`'s items.
-
-    Raises:
-        ValueError, TypeError: an item is wrong; its index is in the text.
-    """
-    drafts = []
-    for index, item in enumerate(items):
-        if isinstance(item, Mapping):
-            unknown = item.keys() - {"channel", "data", "event", "exclude", "idempotency_key", "history"}
-            if unknown or "channel" not in item or "data" not in item:
-                raise TypeError(f"item {index} must have channel and data, and may have publish's other arguments")
-            drafts.append(build_draft(settings, **item))
-        elif isinstance(item, (tuple, list)) and len(item) == 2:
-            drafts.append(build_draft(settings, *item))
-        else:
-            raise TypeError(f"item {index} must be (channel, data) or a mapping of publish's arguments")
-    return drafts
-
-
-def build_draft(
-    settings: Settings,
-    channel: str,
-    data: object,
-    *,
-    event: str = "message",
-    exclude: str | None = None,
-    idempotency_key: str | None = None,
-    history: bool | int | None = None,
-) -> Draft:
-    """Check and encode one publication; see `Publisher.publish`."""
-    name = check_channel(channel)
-    if not isinstance(event, str) or not 0 < len(event) <= _MAX_EVENT_LENGTH or not event.isprintable():
-        raise ValueError(f"event {event!r:.80} must be 1 to {_MAX_EVENT_LENGTH} printable characters")
-    if exclude is not None:
-        check_channel(f"{CONNECTION_PREFIX}{exclude}")
-    if idempotency_key is not None and not (
-        isinstance(idempotency_key, str) and 0 < len(idempotency_key) <= _MAX_KEY_LENGTH
-    ):
-        raise ValueError(f"idempotency_key must be a text of 1 to {_MAX_KEY_LENGTH} characters")
-    encoded = encode_data(data)
-    if len(encoded) > settings.max_publication_bytes:
-        raise PublicationTooLarge(len(encoded), settings.max_publication_bytes)
-    default_size = settings.private_history_size if name.startswith(CONNECTION_PREFIX) else settings.history_size
-    size, is_kept = _history(history, default_size)
-    return Draft(
-        channel=name,
-        tag=secrets.token_urlsafe(_TAG_BYTES),
-        head=message_head(name, event, encoded),
-        exclude=exclude or "",
-        idempotency_key=idempotency_key or "",
-        history_size=size,
-        is_kept=is_kept,
-    )
-
-
-def build_answer_draft(settings: Settings, channel: Channel, head: bytes, key: str, reply: str) -> Draft:
-    """Return a part of the answer to a request, for the channel that it goes to.
-
-    Args:
-        channel: from `Request.reply_to`
-        head: the frame up to its position
-        key: idempotency key; published twice it shows once
-        reply: as in `Draft`
-    """
-    return Draft(
-        channel=channel,
-        tag=secrets.token_urlsafe(_TAG_BYTES),
-        head=head,
-        exclude="",
-        idempotency_key=key,
-        history_size=settings.private_history_size,
-        is_kept=True,
-        reply=reply,
-    )
-
-
-def _history(history: bool | int | None, default_size: int) -> tuple[int, bool]:
-    if history is None or history is True:
-        return default_size, True
-    if history is False or history == 0:
-        return default_size, False
-    if not isinstance(history, int) or not 0 < history <= 1_000_000:
-        raise ValueError(f"history={history!r} must be None, False or a number of publications up to 1,000,000")
-    return history, True
-
-
-def encode_data(data: object) -> bytes:
-    """Encode `data` as JSON.
-
-    Raises:
-        TypeError: it holds something JSON cannot say.
-        ValueError: it holds itself, or NaN beside numbers over 64 bits.
-    """
-    try:
-        return orjson.dumps(data, _encode_other, orjson.OPT_NON_STR_KEYS)
-    except orjson.JSONEncodeError as error:
-        try:
-            # What orjson leaves out and JSON has: integers over 64 bits, lone surrogates.
-            return json.dumps(data, default=_encode_other, allow_nan=False, separators=(",", ":")).encode()
-        except RecursionError:
-            raise ValueError("data is nested too deeply, or holds itself") from None
-        except (TypeError, ValueError) as other:
-            raise type(other)(f"data cannot be published: {other}") from error
-
-
-def _encode_other(value: object) -> object:
-    """Say in JSON what a web application has at hand and orjson does not know."""
-    if isinstance(value, (Decimal, PurePath)) or _is_lazy_text(value):
-        return str(value)
-    if isinstance(value, (set, frozenset)):
-        return list(value)
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, (date, clock_time)):
-        return value.isoformat()
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, UUID):
-        return str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {knob.name: getattr(value, knob.name) for knob in dataclasses.fields(value)}
-    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is not JSON; give a dict, list or text")
-
-
-def _is_lazy_text(value: object) -> bool:
-    # Whoever has such a value has imported its framework; nobody else should have to.
-    functional = sys.modules.get("django.utils.functional")
-    return functional is not None and isinstance(value, functional.Promise)
 
 
 def _publish_error(drafts: Sequence[Draft], error: BrokerUnavailable) -> PublishError:

@@ -177,7 +177,8 @@ class Settings:
             text = variables.get("PUBSUB_" + name.upper())
             if name in overrides:
                 values[name] = _convert(knob, overrides[name], name)
-            elif text:
+            elif text or (text is not None and knob.type == tuple[str, ...]):
+                # An empty list says something (PUBSUB_PUBLIC= : no channel is public); any other empty value does not.
                 values[name] = _convert(knob, text, "PUBSUB_" + name.upper())
         return cls(**values)
 

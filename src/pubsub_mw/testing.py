@@ -1,6 +1,6 @@
 """See what a test's request published, and send a request as a connection would; no broker needed.
 
-In:     a Flask or Django test that makes requests
+In:     a test that makes requests, through the wrapped WSGI app (which Django's own test client passes by)
 Out:    the publications, in order; answers as a client would get them
 Owns:   an engine that records, in the place of the broker, while `capture` is open
 Never:  delivers anything; is more lenient than a server (names, sizes, headers and data are checked as ever)
@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from pubsub_mw.broker.engines import stand_in
 from pubsub_mw.broker.memory import MemoryBroker
+from pubsub_mw.drafts import encode_data
 from pubsub_mw.model import ConnectionId, Draft, Handshake, Position
 from pubsub_mw.protocol import RequestFrame, message_tail
-from pubsub_mw.publisher import encode_data
 from pubsub_mw.realtime.requests import RequestCheck
 from pubsub_mw.settings import Settings
 from pubsub_mw.worker.answers import Answer

@@ -14,7 +14,7 @@ from pubsub_mw.broker.memory import AsyncMemoryBroker, MemoryBroker, memory_brok
 from pubsub_mw.errors import SettingsError
 from pubsub_mw.settings import Settings
 
-__all__ = ["current_stand_in", "open_async_broker", "open_broker", "stand_in"]
+__all__ = ["current_stand_in", "expect_endpoint", "load_engine", "open_async_broker", "open_broker", "stand_in"]
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
@@ -23,7 +23,7 @@ def open_broker(settings: Settings) -> Broker:
     """Return a broker for synchronous code.
 
     Raises:
-        SettingsError: the url names no engine.
+        SettingsError: the url names no engine, or is malformed.
     """
     if _scheme(settings) == "memory":
         return memory_broker(settings)
@@ -32,11 +32,29 @@ def open_broker(settings: Settings) -> Broker:
     return RedisBroker(settings)
 
 
+def load_engine(settings: Settings) -> None:
+    """Check the url and import what `open_async_broker` needs, so that no event loop has to wait for that.
+
+    Raises:
+        SettingsError: the url names no engine, or is malformed.
+    """
+    if _scheme(settings) != "memory":
+        from pubsub_mw.broker.redis.reader import AsyncRedisBroker
+
+        AsyncRedisBroker(settings)
+
+
+def expect_endpoint(settings: Settings) -> None:
+    """Note that this process has a realtime endpoint, so that publishing to memory here is no mistake."""
+    if _scheme(settings) == "memory":
+        memory_broker(settings).expect_endpoint()
+
+
 def open_async_broker(settings: Settings) -> AsyncBroker:
     """Return a broker for the running event loop.
 
     Raises:
-        SettingsError: the url names no engine.
+        SettingsError: the url names no engine, or is malformed.
     """
     if _scheme(settings) == "memory":
         return AsyncMemoryBroker(memory_broker(settings))

@@ -11,6 +11,7 @@ their last publication, by a sweep that each thousandth publication pays for.
 
 import asyncio
 import logging
+import os
 import secrets
 import threading
 import time
@@ -39,6 +40,17 @@ def memory_broker(settings: Settings) -> "MemoryBroker":
         if key not in _brokers:
             _brokers[key] = MemoryBroker(settings)
         return _brokers[key]
+
+
+def _after_fork() -> None:
+    """Let a forked process begin without the locks, loops and endpoints of its parent, whose threads it has not."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    for broker in _brokers.values():
+        broker.leave_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(slots=True)
@@ -231,6 +243,12 @@ class MemoryBroker:
         with self._lock:
             return [self._cancelled.get(request, 0.0) > now for request in requests]
 
+    def leave_parent(self) -> None:
+        """Note that this is another process now: what listened, and who held the lock, is in the parent."""
+        self._lock = threading.Lock()
+        self._subscribers = []
+        self._has_endpoint = False
+
     def attach(self, subscriber: "MemorySubscriber") -> None:
         with self._lock:
             self._subscribers.append(subscriber)
@@ -250,10 +268,12 @@ class MemoryBroker:
     def _history(self, channel: str, now: float) -> _History:
         history = self._histories.get(channel)
         if history is None or history.expires <= now:
-            # An untouched channel's position lives as long as history does; each look at it prolongs that.
             history = self._histories[channel] = _History(secrets.token_hex(4))
+        # Whoever listens looks now and then, which keeps the position; an untouched channel's as long as history.
         if history.offset == 0:
             history.expires = now + max(self._settings.history_ttl, 2 * self._settings.check_interval)
+        else:
+            history.expires = now + self._settings.position_ttl
         if history.entries_expire <= now:
             history.entries.clear()
         return history

@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from pubsub_mw.broker.engines import open_async_broker
+from pubsub_mw.broker.engines import expect_endpoint, load_engine, open_async_broker
 from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.errors import BrokerUnavailable, CloseCode
 from pubsub_mw.model import Handshake
@@ -59,6 +59,8 @@ class Realtime(Starlette):
 
     def __init__(self, url: str | None = None, **settings: Any) -> None:
         self.settings = Settings.build(url, **settings)
+        load_engine(self.settings)
+        expect_endpoint(self.settings)
         self._running: _Running | None = None
         self._starting = asyncio.Lock()
         self._is_draining = False
@@ -99,6 +101,14 @@ class Realtime(Starlette):
                 self._running = await _Running.start(self.settings)
             return self._running
 
+    async def open(self) -> None:
+        """Begin as a server's lifespan does: start, if the broker answers, and drain when SIGTERM comes."""
+        try:
+            await self.start()
+        except BrokerUnavailable as error:
+            log.error("%s; connections are refused until it answers", error)
+        self._drain_on_sigterm()
+
     async def stop(self) -> None:
         """End the hub and give the broker's connections back."""
         running, self._running = self._running, None
@@ -127,11 +137,7 @@ class Realtime(Starlette):
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        try:
-            await self.start()
-        except BrokerUnavailable as error:
-            log.error("%s; connections are refused until it answers", error)
-        self._drain_on_sigterm()
+        await self.open()
         try:
             yield
         finally:

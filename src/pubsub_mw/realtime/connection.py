@@ -9,12 +9,12 @@ States: new -> connected -> closed. A command before `connect` is refused; `conn
 """
 
 import asyncio
+import dataclasses
 import logging
 import math
 import random
 import secrets
 import time
-from dataclasses import dataclass
 
 from pubsub_mw import protocol
 from pubsub_mw.broker.interface import AsyncBroker
@@ -26,6 +26,7 @@ from pubsub_mw.errors import (
     FrameError,
     GrantError,
     GrantExpired,
+    PublicationTooLarge,
     PublishError,
 )
 from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
@@ -57,6 +58,7 @@ __all__ = ["Connection", "Shared"]
 log = logging.getLogger("pubsub_mw")
 
 _FORBIDDEN = "no grant of yours allows it"
+_SILENT = "the broker does not answer; come back in a moment"
 
 
 class Shared:
@@ -77,7 +79,7 @@ class Shared:
         self.lifecycle = Lifecycle(broker, settings, secret)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Own:
     """Where a connection takes up its own two channels: a position from the client, from its token, or neither."""
 
@@ -136,7 +138,7 @@ class Connection:
                 raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
             elif isinstance(command, protocol.Subscribe):
                 if command.grant is not None:
-                    self._take_grant(command.grant)
+                    self._take_grant(command.grant, adds=True)
                 self._subscribe(command.channel, command.position)
             elif isinstance(command, protocol.Unsubscribe):
                 self._unsubscribe(command.channel)
@@ -296,50 +298,77 @@ class Connection:
         )
         self._own[0].on_reply = requests.on_reply
         self._requests = requests
-        user_position = self._own[-1].position if len(self._own) > 1 else None
         if resume is None:
+            # What comes on the user's channel meanwhile goes out after `connected`.
+            self.send_queue.hold()
             for subscription in self._own:
                 hub.subscribe(subscription)
             if not all(await asyncio.gather(*settled)):
-                self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, "the broker does not answer; come back in a moment")
+                self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
                 return False
-            if len(self._own) > 1:
-                user_position = hub.position(self._own[-1])
         if self.send_queue.closed is not None:
             return False
         self.id = connection
         hub.open(connection, self.send_queue)
         self._shared.lifecycle.begin(connection, self.user, "websocket", self.handshake)
+        user_position = self._own[-1].position if len(self._own) > 1 else None
         token = sign_resume(
             self._shared.secret,
             Resume(connection=connection, grant=self._grant, user_position=user_position, issued_at=time.time()),
             expires=settings.resume_ttl,
         )
-        self.send_queue.put_nowait(protocol.connected(connection, token, self.user, settings.ping_interval))
+        self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
         if resume is not None:
-            for subscription in self._own:
+            for subscription, answer in zip(self._own, settled, strict=True):
+                answer.add_done_callback(self._on_settled)
                 hub.subscribe(subscription)
         self._timer.cancel()
         self._schedule()
         return True
 
-    def _take_grant(self, token: str) -> None:
+    def _on_settled(self, answer: "asyncio.Future[bool]") -> None:
+        """End a resumed connection whose own channels cannot be followed: it could not ask for them by name."""
+        if not answer.result():
+            self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
+
+    def _take_grant(self, token: str, *, adds: bool = False) -> None:
+        """Take a fresh grant instead of the present one, or, if it `adds`, beside it: what either allows is allowed,
+        until the first of the two expires. Whoever was nobody becomes its user."""
         try:
             grant = self._shared.verifier.verify(token, now=time.time())
         except GrantExpired as error:
             raise FrameError(ErrorCode.GRANT_EXPIRED, str(error)) from error
         except GrantError as error:
             raise FrameError(ErrorCode.GRANT_INVALID, str(error)) from error
-        if self._grant is not None and grant.user != self._grant.user:
+        present = self._grant
+        if self.user is not None and grant.user != self.user:
             raise FrameError(ErrorCode.GRANT_INVALID, "the grant is somebody else's; open a new connection with it")
-        if self._grant is None and grant.user is not None:
-            raise FrameError(
-                ErrorCode.GRANT_INVALID, "this connection is nobody's; open a new connection with the grant"
+        if adds and present is not None:
+            grant = dataclasses.replace(
+                grant,
+                channels=tuple(dict.fromkeys(present.channels + grant.channels)),
+                publish=tuple(dict.fromkeys(present.publish + grant.publish)),
+                expires_at=min(present.expires_at, grant.expires_at),
             )
+        was_nobody = self.user is None
         self._grant = grant
+        if was_nobody and grant.user is not None:
+            self._listen_to_user(grant.user)
         self._expiry_told_at = None
         self._timer.cancel()
         self._schedule()
+
+    def _listen_to_user(self, user: str) -> None:
+        """Follow the channel of a user who became known after `connected`.
+
+        `subscribed` tells where it begins, because the resume token cannot know.
+        """
+        assert self.id is not None
+        answer = self._loop.create_future()
+        answer.add_done_callback(self._on_settled)
+        own = Subscription(channel_of_user(user), self.id, self.send_queue, None, settled=answer)
+        self._own.append(own)
+        self._shared.hub.subscribe(own)
 
     # What it listens to.
 
@@ -404,12 +433,10 @@ class Connection:
 
     def _take_app_user(self, user: str, info: object) -> None:
         """Be who the application says; from now on the user's own channel arrives too."""
+        was_nobody = self.user is None
         self._app_user, self._app_info = user, info
-        if self._grant is None or self._grant.user is None:
-            assert self.id is not None
-            own = Subscription(channel_of_user(user), self.id, self.send_queue, None, is_announced=False)
-            self._own.append(own)
-            self._shared.hub.subscribe(own)
+        if was_nobody:
+            self._listen_to_user(user)
 
     def _may_listen(self, channel: Channel) -> bool:
         if not is_protected(channel) and self._shared.is_public(channel):
@@ -448,6 +475,8 @@ class Connection:
             raise refused(ErrorCode.FORBIDDEN, _FORBIDDEN)
         try:
             await self._shared.publisher.publish(channel, command.data, event=command.event)
+        except PublicationTooLarge as error:
+            raise refused(ErrorCode.TOO_LARGE, str(error)) from error
         except ValueError as error:
             raise refused(ErrorCode.BAD_FRAME, str(error)) from error
         except PublishError as error:

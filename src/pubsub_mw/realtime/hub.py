@@ -15,6 +15,7 @@ channels in one round trip, so that a reconnect of everybody costs one read per 
 """
 
 import asyncio
+import functools
 import logging
 import random
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
 from pubsub_mw.realtime.send_queue import SendQueue
-from pubsub_mw.realtime.subscription import CatchUp, GapReason, Next, Subscription, Track, catch_up
+from pubsub_mw.realtime.subscription import GapReason, Next, Subscription, Track, catch_up
 from pubsub_mw.settings import Settings
 
 __all__ = ["Hub"]
@@ -42,7 +43,7 @@ _REREAD_SECONDS = 0.01
 class _Channel:
     """One channel that somebody in this process listens to."""
 
-    __slots__ = ("is_confirmed", "is_reading", "is_stale", "is_wanted", "live", "name", "recent", "track", "waiting")
+    __slots__ = ("doubts", "is_confirmed", "is_reading", "is_stale", "live", "name", "recent", "track", "waiting")
 
     def __init__(self, name: Channel) -> None:
         self.name = name
@@ -51,17 +52,13 @@ class _Channel:
         self.track: Track | None = None  # None until history was read for the first time
         self.is_confirmed = False  # the broker delivers this channel's publications to us
         self.is_stale = False  # `track` is not to be trusted before history was read
-        self.is_wanted = False  # a read is asked for
+        self.doubts = 0  # counts what makes a read under way worthless: history must be asked after it
         self.is_reading = False
         self.recent: list[Publication] | None = None  # what came live since the read under way began
 
     @property
     def is_settled(self) -> bool:
         return self.is_confirmed and self.track is not None and not self.is_stale
-
-    @property
-    def needs_read(self) -> bool:
-        return self.is_stale or self.track is None or any(item.send_queue.is_low for item in self.waiting)
 
 
 class Hub:
@@ -74,7 +71,6 @@ class Hub:
         self._connections: dict[ConnectionId, SendQueue] = {}
         self._unsettled: dict[Subscription, None] = {}
         self._subscriber = broker.subscriber(self)
-        self._generation = 0  # counts links to the broker
         self._wanted: dict[_Channel, None] = {}
         self._work = asyncio.Event()
         self.gaps_told = 0
@@ -139,13 +135,6 @@ class Hub:
                 self._wanted.pop(channel, None)
                 self._subscriber.unsubscribe(channel.name)
 
-    def position(self, subscription: Subscription) -> Position | None:
-        """Return how far a live subscription has been sent its channel; None if it is not live."""
-        channel = self._channels.get(subscription.channel)
-        if channel is None or channel.track is None or subscription not in channel.live:
-            return None
-        return channel.track.position
-
     # What the broker's subscriber tells.
 
     def on_publication(self, channel: str, publication: Publication) -> None:
@@ -162,6 +151,7 @@ class Hub:
         if found is None:
             return
         found.is_confirmed = True
+        found.doubts += 1
         if found.track is None and all(subscription.is_fresh for subscription in found.waiting):
             found.track = Track(Position.start())
             for subscription in list(found.waiting):
@@ -171,9 +161,9 @@ class Hub:
             self._want(found)
 
     def on_lost(self) -> None:
-        self._generation += 1
         for channel in self._channels.values():
             channel.is_confirmed = False
+            channel.doubts += 1
             channel.is_stale = channel.track is not None
 
     # Sending.
@@ -190,6 +180,7 @@ class Hub:
             self.publications_delivered += len(channel.live)
         elif verdict is Next.BROKEN:
             channel.is_stale = True
+            channel.doubts += 1
             self._want(channel)
 
     def _send_missed(self, subscription: Subscription, publications: Iterable[Publication]) -> None:
@@ -205,6 +196,7 @@ class Hub:
         del channel.waiting[subscription]
         channel.live[subscription] = None
         subscription.joined_at = subscription.joined_at or position
+        subscription.position = position
         self._unsettled.pop(subscription, None)
         subscription.settle(True)
 
@@ -216,19 +208,19 @@ class Hub:
                 frame = protocol.subscribed(subscription.channel, position, recovered)
                 subscription.send_queue.put_nowait(frame)
 
-    def _tell_gap(self, subscription: Subscription, outcome: CatchUp) -> None:
+    def _tell_gap(self, subscription: Subscription, position: Position, reason: GapReason) -> None:
         self.gaps_told += 1
-        frame = protocol.gap(subscription.channel, outcome.position, str(outcome.lost))
+        frame = protocol.gap(subscription.channel, position, reason)
         subscription.send_queue.put_nowait(frame)
 
     # Reading history.
 
     def _want(self, channel: _Channel) -> None:
-        """Ask for a read of the channel's history; once for all who ask before it begins."""
-        if self._channels.get(channel.name) is not channel:
-            return
-        channel.is_wanted = True
-        if not channel.is_reading:
+        """Ask for a read of the channel's history; once for all who ask before it begins.
+
+        While a read is under way this does nothing: its end looks at who still waits, and at `doubts`.
+        """
+        if self._channels.get(channel.name) is channel and not channel.is_reading:
             self._wanted[channel] = None
             self._work.set()
 
@@ -257,7 +249,6 @@ class Hub:
             if not batch:
                 continue
             reads = [_Read(channel) for channel in batch]
-            generation = self._generation
             pages: list[HistoryPage | Exception]
             try:
                 wanted = [(read.channel.name, read.since) for read in reads]
@@ -273,7 +264,7 @@ class Hub:
                     log.warning("history of %s could not be read: %s", channel.name, page)
                     delay = random.uniform(_RETRY_SECONDS / 2, _RETRY_SECONDS)
                     asyncio.get_running_loop().call_later(delay, self._want, channel)
-                elif generation == self._generation and channel.is_confirmed:
+                elif read.doubts == channel.doubts:
                     self._settle(read, page, recent)
                 elif channel.is_confirmed:
                     self._want(channel)
@@ -292,9 +283,26 @@ class Hub:
                     self._offer(channel, track, publication)
         if len(recent) > self._settings.recovery_buffer:
             self._want(channel)
-        elif channel.needs_read:
-            delay = 0 if channel.is_stale or not page.is_complete else _REREAD_SECONDS
+        elif self._needs_read(channel):
+            is_done = page.is_complete and not channel.is_stale
+            is_ahead = is_done and all(item in read.waiting for item in channel.waiting)
+            delay = _REREAD_SECONDS if is_ahead else 0
             asyncio.get_running_loop().call_later(delay, self._want, channel)
+
+    def _needs_read(self, channel: _Channel) -> bool:
+        """Whether a read would help anybody now; a client with enough to read calls for one when it has read that."""
+        needs_read = channel.is_stale
+        for subscription in channel.waiting:
+            if subscription.send_queue.is_low:
+                needs_read = True
+            elif not subscription.is_held:
+                subscription.is_held = True
+                subscription.send_queue.when_low(functools.partial(self._release, channel, subscription))
+        return needs_read
+
+    def _release(self, channel: _Channel, subscription: Subscription) -> None:
+        subscription.is_held = False
+        self._want(channel)
 
     def _settle_track(self, read: "_Read", page: HistoryPage) -> Track:
         channel = read.channel
@@ -315,7 +323,7 @@ class Hub:
             channel.is_stale = channel.is_stale and not page.is_complete
         elif channel.is_stale:
             for subscription in channel.live:
-                self._tell_gap(subscription, outcome)
+                self._tell_gap(subscription, outcome.position, outcome.lost)
             channel.is_stale = False
         else:
             return track
@@ -329,14 +337,8 @@ class Hub:
                 self._send_missed(subscription, publications)
             else:
                 del channel.live[subscription]
+                channel.waiting[subscription] = None
                 subscription.position = position
-                self._wait(channel, subscription)
-
-    def _wait(self, channel: _Channel, subscription: Subscription) -> None:
-        """Let a subscription catch up, as soon as its client has read what was sent before."""
-        channel.waiting[subscription] = None
-        if not subscription.send_queue.is_low:
-            subscription.send_queue.when_low(lambda: self._want(channel))
 
     def _settle_subscription(
         self,
@@ -351,16 +353,23 @@ class Hub:
                 self._join(channel, subscription, track.position)
             return
         outcome = catch_up(subscription.position, page)
+        position = outcome.position
+        if outcome.lost is None and not outcome.publications and position != page.top:
+            # The page ended before it: others are further behind. The broker did answer, so the time begins anew.
+            subscription.registered_at = asyncio.get_running_loop().time()
+            return
+        if outcome.lost is not None and not channel.is_stale and not _is_behind(track.position, subscription.position):
+            # Newer publications are on their way to the track: to begin ahead of it could miss one that is not kept.
+            position = track.position
         if not subscription.has_begun:
             start = subscription.position
             if start.is_start:
                 start = Position(page.top.epoch, start.offset, start.tag)
-            self._begin(subscription, outcome.position if outcome.lost else start, outcome.lost is None)
+            self._begin(subscription, position if outcome.lost else start, outcome.lost is None)
             self._unsettled.pop(subscription, None)
         elif outcome.lost is not None:
-            self._tell_gap(subscription, outcome)
+            self._tell_gap(subscription, position, outcome.lost)
         self._send_missed(subscription, outcome.publications)
-        position = outcome.position
         if not channel.is_stale and (page.is_complete or outcome.lost is not None):
             for publication in recent:
                 if position == track.position:
@@ -371,8 +380,6 @@ class Hub:
         subscription.position = position
         if position == track.position and not channel.is_stale:
             self._join(channel, subscription, position)
-        else:
-            self._wait(channel, subscription)
 
     async def _check(self) -> None:
         """Compare each channel's position with the broker's once per `check_interval`, spread over that time."""
@@ -392,6 +399,9 @@ class Hub:
         while True:
             await asyncio.sleep(min(0.25, self._settings.broker_timeout / 4))
             deadline = loop.time() - self._settings.broker_timeout
+            for subscription in self._unsettled:
+                if not subscription.send_queue.is_low:
+                    subscription.registered_at = loop.time()  # it is the client that keeps it waiting
             for subscription in [item for item in self._unsettled if item.registered_at < deadline]:
                 self.unsubscribe(subscription)
                 if subscription.is_announced:
@@ -405,16 +415,30 @@ class Hub:
                 subscription.settle(False)
 
 
-class _Read:
-    """One channel's part in one read of history."""
+def _is_behind(position: Position, other: Position) -> bool:
+    return position.epoch == other.epoch and position.offset < other.offset
 
-    __slots__ = ("channel", "since", "track_position", "waiting")
+
+class _Read:
+    """One channel's part in one read of history.
+
+    A stale track comes first: whoever is further behind than the live ones waits for the next read, because a page
+    has its bound and the live ones must not wait until everybody has come up to them.
+    """
+
+    __slots__ = ("channel", "doubts", "since", "track_position", "waiting")
 
     def __init__(self, channel: _Channel) -> None:
         self.channel = channel
-        channel.is_wanted, channel.is_reading, channel.recent = False, True, []
-        self.waiting = [item for item in channel.waiting if item.send_queue.is_low]
+        channel.is_reading, channel.recent = True, []
+        self.doubts = channel.doubts
         self.track_position = channel.track.position if channel.track is not None else None
+        floor = self.track_position.offset if channel.is_stale and self.track_position is not None else 0
+        self.waiting = {
+            item: None
+            for item in channel.waiting
+            if item.send_queue.is_low and (item.position is None or item.position.offset >= floor)
+        }
         positions = [item.position for item in self.waiting] + [self.track_position]
         self.since = min((position.offset for position in positions if position is not None), default=None)
 

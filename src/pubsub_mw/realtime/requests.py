@@ -21,6 +21,7 @@ from urllib.parse import unquote_to_bytes
 from pubsub_mw import protocol
 from pubsub_mw.broker.codec import encode_request
 from pubsub_mw.broker.interface import Acceptance, AsyncBroker, answer_key
+from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.errors import BrokerUnavailable, ErrorCode, FrameError, PublishError
 from pubsub_mw.grants import queue_key
 from pubsub_mw.model import (
@@ -32,7 +33,7 @@ from pubsub_mw.model import (
     channel_of_connection,
     compile_patterns,
 )
-from pubsub_mw.publisher import AsyncPublisher, build_answer_draft
+from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings

@@ -28,6 +28,7 @@ class SendQueue:
 
     __slots__ = (
         "_frames",
+        "_is_held",
         "_limit_bytes",
         "_live_bytes",
         "_low_bytes",
@@ -44,6 +45,7 @@ class SendQueue:
         self._frames: deque[tuple[bytes, int]] = deque()
         self._live_bytes = 0
         self._total_bytes = 0
+        self._is_held = False
         self._reader: asyncio.Future[None] | None = None
         self._on_low: list[Callable[[], None]] = []
         self._on_closed: Callable[[], object] | None = None
@@ -64,6 +66,17 @@ class SendQueue:
         """Append a frame from history; not bounded here but by `is_low`."""
         if self.closed is None:
             self._append(frame, len(frame), 0)
+
+    def hold(self) -> None:
+        """Keep what is put from now on until `release`, or until the queue closes."""
+        self._is_held = True
+
+    def release(self, first: bytes) -> None:
+        """Let frames go out again, `first` before all that was held."""
+        self._is_held = False
+        self._total_bytes += len(first)
+        self._frames.appendleft((first, 0))
+        self._wake()
 
     def _append(self, frame: bytes, size: int, live_size: int) -> None:
         self._total_bytes += size
@@ -107,7 +120,7 @@ class SendQueue:
 
     async def take(self) -> bytes:
         """Wait for the next frame and take it; b"" = the queue closed and nothing waits any more."""
-        while not self._frames:
+        while not self._frames or (self._is_held and self.closed is None):
             if self.closed is not None:
                 return b""
             self._reader = asyncio.get_running_loop().create_future()

@@ -45,7 +45,10 @@ class CatchUp:
 
 
 def catch_up(position: Position | None, page: HistoryPage) -> CatchUp:
-    """Find what somebody at `position` missed; None = they begin now. Publications are all or none."""
+    """Find what somebody at `position` missed; None = they begin now. Publications are all or none.
+
+    A page that is not complete may end before `position`: then nothing is known yet, and they stay where they are.
+    """
     top = page.top
     if position is None:
         return CatchUp(top, (), None)
@@ -65,7 +68,8 @@ def catch_up(position: Position | None, page: HistoryPage) -> CatchUp:
         if not publication.frame:
             return CatchUp(top, (), GapReason.TRIMMED)
         position = publication.position
-    if not missed or (page.is_complete and position != top):
+    # A page that ends before `position`, because others are further behind, says nothing yet.
+    if page.is_complete and position != top:
         return CatchUp(top, (), GapReason.TRIMMED)
     return CatchUp(position, missed, None)
 
@@ -113,7 +117,7 @@ class Track:
 class Subscription:
     """One connection on one channel.
 
-    While it is live its position is the channel's track; `position` holds only while it catches up.
+    While it is live its position is the channel's track; `position` is then where it went live.
 
     Args:
         channel: its name
@@ -132,6 +136,7 @@ class Subscription:
         "has_begun",
         "is_announced",
         "is_fresh",
+        "is_held",
         "is_open",
         "joined_at",
         "on_reply",
@@ -164,6 +169,7 @@ class Subscription:
         self.joined_at: Position | None = None  # where it became live for the first time: up to there history told
         self.has_begun = False
         self.is_open = True
+        self.is_held = False  # the hub waits for its client to read before it is sent more of history
         self.registered_at = 0.0
 
     def settle(self, succeeded: bool) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from pubsub_mw import protocol
 from pubsub_mw.broker.interface import answer_key
+from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.model import Draft, Request
-from pubsub_mw.publisher import build_answer_draft
 from pubsub_mw.settings import Settings
 
 __all__ = ["Answer"]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import redis
+
 from pubsub_mw.broker.redis.reader import AsyncRedisBroker
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, Draft, Publication
@@ -24,6 +26,7 @@ __all__ = ["Finding", "Level", "diagnose"]
 
 _OLDEST = (6, 2)
 _ROUND_TRIPS = 20
+_RIGHTS = "+@connection +@pubsub +@read +@write +@scripting +info"
 
 
 class Level(StrEnum):
@@ -48,21 +51,31 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
         try:
             info = _parse(await broker.command("INFO"))
         except BrokerUnavailable as error:
+            if not isinstance(error.__cause__, redis.exceptions.NoPermissionError):
+                yield Finding(
+                    Level.FAULT, str(error), "start Redis, or correct PUBSUB_URL (host, port, password, database)"
+                )
+                return
             yield Finding(
-                Level.FAULT, str(error), "start Redis, or correct PUBSUB_URL (host, port, password, database)"
+                Level.WARNING,
+                "this user may not ask for INFO: version, memory and role are not checked",
+                "ACL SETUSER <user> +info",
             )
-            return
-        yield _version(info)
-        yield _policy(info)
-        yield _persistence(info)
-        yield _role(info)
+        else:
+            yield _version(info)
+            yield _policy(info)
+            yield _persistence(info)
+            yield (role := _role(info))
+            if role.level is Level.FAULT:
+                return
         try:
             yield await _round_trip(broker, settings)
         except (BrokerUnavailable, TimeoutError) as error:
+            own = f"~{settings.prefix}:* &{settings.prefix}:*"
             yield Finding(
                 Level.FAULT,
                 f"a publication did not come back: {str(error) or 'nothing within broker_timeout'}",
-                f"allow this user EVALSHA, EVAL, PUBLISH and SUBSCRIBE on {settings.prefix}:* (ACL SETUSER)",
+                f"where Redis has users: ACL SETUSER <user> {own} {_RIGHTS}",
             )
     finally:
         await broker.close()

@@ -3,12 +3,14 @@
 In:     drafts, from any thread of any process that was forked from this one
 Out:    positions, or `BrokerUnavailable` within `publish_timeout`
 Owns:   a stack of idle connections, one in use per publishing thread
-Never:  retries more than once, and then only in a way that cannot publish twice; starts a thread
+Never:  retries more than once, and then only so that it does not publish twice as long as history still holds what
+        the first try may have stored; starts a thread
 
 redis-py's pools bound each step (wait, connect, write, read) but not their sum, so connections are kept here: one
 deadline holds over all steps.
 """
 
+import functools
 import os
 import secrets
 import time
@@ -22,14 +24,35 @@ from redis.retry import Retry
 
 from pubsub_mw.broker.redis.queue import RedisQueue
 from pubsub_mw.broker.redis.scripts import Call, Scripts
-from pubsub_mw.errors import BrokerUnavailable
+from pubsub_mw.errors import BrokerUnavailable, SettingsError
 from pubsub_mw.model import Channel, Draft, Position
 from pubsub_mw.settings import Settings
 
-__all__ = ["RedisBroker"]
+__all__ = ["RedisBroker", "connection_factory"]
 
 _MAX_IDLE = 64
 """Connections kept for later; more are in use when more threads publish at once."""
+
+
+def connection_factory(
+    settings: Settings, parse: Callable[[str], Any], default_class: Any, options: dict[str, Any]
+) -> Callable[[], Any]:
+    """Return what makes connections to the server that the url names, as `parse` reads it.
+
+    Raises:
+        SettingsError: the url is malformed, or has an option that no connection knows.
+    """
+    try:
+        arguments = dict(parse(settings.url))
+        # Replies are bytes whatever the url says; `driver_info` would cost two round trips per connection.
+        arguments |= {**options, "protocol": 2, "driver_info": None, "decode_responses": False}
+        factory = functools.partial(arguments.pop("connection_class", default_class), **arguments)
+        factory()
+    except (ValueError, TypeError) as error:
+        # Without the cause, whose text may show a part of the password.
+        wrong = "is malformed" if isinstance(error, ValueError) else "has an option that does not exist"
+        raise SettingsError(f"url {settings.safe_url!r} {wrong}; it may be redis://user:password@host:6379/0") from None
+    return factory
 
 
 class RedisBroker:
@@ -38,9 +61,7 @@ class RedisBroker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._scripts = Scripts(settings)
-        self._options: dict[str, Any] = dict(parse_url(settings.url))  # type: ignore[no-untyped-call]
-        self._options |= {"retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None}
-        self._connection_class = self._options.pop("connection_class", Connection)
+        self._new_connection = connection_factory(settings, parse_url, Connection, {"retry": Retry(NoBackoff(), 0)})
         self._idle: list[Any] = []
         self._pid = os.getpid()
 
@@ -61,7 +82,9 @@ class RedisBroker:
     def secret(self) -> str:
         """Return the secret kept under `<prefix>:secret`, made if there is none."""
         key = self._scripts.keyspace.secret
-        _, secret = self.run(lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)])
+        (secret,) = self.run(lambda _: [("GET", key)])
+        if secret is None:
+            _, secret = self.run(lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)])
         return str(secret.decode())
 
     def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
@@ -119,8 +142,10 @@ class RedisBroker:
                 sources = [call.by_source() for call in (calls[index] for index in unknown) if isinstance(call, Call)]
                 for index, reply in zip(unknown, self._exchange(connection, sources, deadline), strict=True):
                     replies[index] = reply
-        except BaseException:
+        except BaseException as error:
             connection.disconnect()
+            if isinstance(error, redis.TimeoutError):
+                self.close()  # the others went the same way, and may be as dead
             raise
         if len(self._idle) < _MAX_IDLE:
             self._idle.append(connection)
@@ -150,7 +175,7 @@ class RedisBroker:
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._connection_class(**self._options)
+            connection = self._new_connection()
         connection.socket_timeout = connection.socket_connect_timeout = _left(deadline)
         try:
             connection.connect()

@@ -38,6 +38,7 @@ class AsyncRedisBroker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._scripts = Scripts(settings)
+        new_connection(settings)  # a malformed url shows now
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
 
@@ -67,7 +68,7 @@ class AsyncRedisBroker:
             return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}")
         try:
             return Scripts.page_from(reply, since)
-        except ValueError as error:
+        except BrokerUnavailable as error:
             return error
 
     async def secret(self) -> str:
@@ -151,6 +152,8 @@ class AsyncRedisBroker:
                     # A broken link says nothing about whether the commands had arrived.
                     return await self._round_trip(build(True))
         except (redis.RedisError, OSError) as error:  # asyncio's TimeoutError is an OSError
+            if isinstance(error, (redis.TimeoutError, TimeoutError)):
+                await self.close()  # the idle connections went the same way, and may be as dead
             reason = str(error) or f"no answer within {seconds:g} s"
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reason}") from error
 

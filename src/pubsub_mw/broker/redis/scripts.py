@@ -14,6 +14,7 @@ from typing import Any
 
 from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.redis.keyspace import Keyspace
+from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
 from pubsub_mw.protocol import message_tail
 from pubsub_mw.settings import Settings
@@ -119,13 +120,29 @@ class Scripts:
 
     @staticmethod
     def position_from(reply: bytes) -> Position:
-        return Position.parse(reply.decode())
+        """Read what `publish.lua` returned.
+
+        Raises:
+            BrokerUnavailable: something else is kept under our keys.
+        """
+        try:
+            return Position.parse(reply.decode())
+        except ValueError as error:
+            raise BrokerUnavailable(f"a key of ours holds something else: {error}") from error
 
     @staticmethod
     def page_from(reply: list[bytes], since: int | None) -> HistoryPage:
-        epoch, offset, tag, *payloads = reply
-        top = Position(epoch.decode(), int(offset), tag.decode())
-        publications = tuple(decode(payload) for payload in payloads)
+        """Read what `read.lua` returned.
+
+        Raises:
+            BrokerUnavailable: something else is kept under our keys.
+        """
+        try:
+            epoch, offset, tag, *payloads = reply
+            top = Position(epoch.decode(), int(offset), tag.decode())
+            publications = tuple(decode(payload) for payload in payloads)
+        except ValueError as error:
+            raise BrokerUnavailable(f"a key of ours holds something else: {error}") from error
         # Where nothing is left of history the page is complete too: there is no more to come.
         end = publications[-1].position.offset if publications else top.offset
         return HistoryPage(top=top, publications=publications, is_complete=since is None or end >= top.offset)

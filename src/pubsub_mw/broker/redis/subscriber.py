@@ -27,6 +27,7 @@ from redis.backoff import NoBackoff
 from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.interface import Listener
 from pubsub_mw.broker.redis.keyspace import Keyspace
+from pubsub_mw.broker.redis.publisher import connection_factory
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel
 from pubsub_mw.settings import Settings
@@ -44,17 +45,18 @@ _MESSAGES_PER_TURN = 256
 
 
 def new_connection(settings: Settings) -> Connection:
-    """Make a connection, not yet connected, that never reconnects or retries by itself."""
-    options: dict[str, Any] = dict(parse_url(settings.url))
-    connection_class = options.pop("connection_class", Connection)
-    options |= {
+    """Make a connection, not yet connected, that never reconnects or retries by itself.
+
+    Raises:
+        SettingsError: the url is malformed.
+    """
+    options = {
         "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-        "driver_info": None,  # saves two round trips per connection
-        "socket_timeout": settings.broker_timeout,
+        # On Python 3.11 redis-py's `wait_for` can swallow a cancellation; whoever uses the connection has a deadline.
+        "socket_timeout": None,
         "socket_connect_timeout": min(settings.broker_timeout, settings.probe_timeout),
     }
-    connection: Connection = connection_class(**options)
+    connection: Connection = connection_factory(settings, parse_url, Connection, options)()
     return connection
 
 
@@ -97,21 +99,35 @@ class RedisSubscriber:
         while True:
             connection = new_connection(self._settings)
             try:
-                await connection.connect()  # type: ignore[no-untyped-call]
-                async with asyncio.TaskGroup() as tasks:
-                    self._begin()
-                    tasks.create_task(self._read(connection))
-                    tasks.create_task(self._write(connection))
-                    tasks.create_task(self._probe())
-                    attempt = 0
-            except* (redis.RedisError, OSError, BrokerUnavailable) as problems:
+                async with asyncio.timeout(self._settings.broker_timeout):
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                self._begin()
+                await self._serve(connection)
+            except (redis.RedisError, OSError, BrokerUnavailable) as problem:
+                if self.is_up:
+                    attempt = 0  # not for a link that only stood: one that may not subscribe falls again at once
                 delay = random.uniform(0, min(_LAST_DELAY, _FIRST_DELAY * 2**attempt))
                 attempt = min(attempt + 1, 16)
-                log.warning("lost the pub/sub link to %s: %s; reconnecting", self._settings.safe_url, _reason(problems))
+                reason = str(problem) or type(problem).__name__
+                log.warning("lost the pub/sub link to %s: %s; reconnecting", self._settings.safe_url, reason)
             finally:
                 self._end()
                 await connection.disconnect(nowait=True)
             await asyncio.sleep(delay)
+
+    async def _serve(self, connection: Connection) -> None:
+        """Run the link until a part of it fails, and raise what it failed with."""
+        # Not a task group: until Python 3.13 one that is ending already swallows a cancellation from outside.
+        tasks = [asyncio.create_task(part) for part in (self._read(connection), self._write(connection), self._probe())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
 
     def _begin(self) -> None:
         self._is_linked = True
@@ -184,10 +200,3 @@ class RedisSubscriber:
             silence = loop.time() - self._heard_at
             if silence > self._settings.probe_timeout:
                 raise BrokerUnavailable(f"nothing was delivered for {silence:.1f} s")
-
-
-def _reason(problems: BaseExceptionGroup[BaseException]) -> str:
-    problem: BaseException = problems
-    while isinstance(problem, BaseExceptionGroup):
-        problem = problem.exceptions[0]
-    return str(problem) or type(problem).__name__

@@ -1,0 +1,125 @@
+import { connect } from "pubsub-mw"; // the page's import map says where it is: {realtime}/client.js
+
+const find = (id) => document.getElementById(id);
+const [list, log, form] = [find("messages"), find("log"), find("say")];
+
+// --- live: everything that this page knows of realtime
+
+const realtime = connect();
+
+realtime.subscribe(list.dataset.channel, show, {
+  position: list.dataset.position, // what was said since the page was made comes first
+  onGap: refetch, // too long away, or the history was lost: ask the app
+});
+
+const words = { connecting: "connecting…", connected: "live", waiting: "offline, trying again…", closed: "disconnected: reload" };
+function showState() {
+  find("state").dataset.state = realtime.state;
+  find("state").textContent = words[realtime.state];
+}
+realtime.on("state", showState);
+showState();
+
+async function refetch() {
+  const messages = await (await fetch(list.dataset.url)).json();
+  messages.forEach(show);
+  // What is older than these may have a hole before it.
+  for (const item of [...list.children]) if (item.dataset.id < messages[0]?.id) item.remove();
+}
+
+// --- the list: each message once, in the order of ids, whichever way it came
+
+function show(message) {
+  let before = list.lastElementChild;
+  while (before && Number(before.dataset.id) > message.id) before = before.previousElementSibling;
+  if (before && Number(before.dataset.id) === message.id) return;
+
+  const item = find("entry").content.firstElementChild.cloneNode(true);
+  item.dataset.id = message.id;
+  item.querySelector("b").textContent = message.name;
+  item.querySelector("time").dateTime = message.sent;
+  item.querySelector(".text").textContent = message.text;
+  decorate(item);
+
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+  before ? before.after(item) : list.prepend(item);
+  while (list.children.length > 500) list.firstElementChild.remove();
+  if (atEnd) toEnd();
+  else find("newer").hidden = false;
+  if (document.hidden) document.title = `(${++unseen}) #${room}`;
+}
+
+function decorate(item) {
+  const name = item.querySelector("b").textContent;
+  const time = item.querySelector("time");
+  const hue = [...name].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 360, 7);
+  item.style.setProperty("--hue", hue);
+  item.querySelector(".avatar").textContent = [...name][0].toUpperCase();
+  item.classList.toggle("mine", name === form.elements.name.value.trim());
+  time.textContent = new Date(time.dateTime).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+}
+
+function toEnd() {
+  log.scrollTop = log.scrollHeight;
+  find("newer").hidden = true;
+}
+find("newer").addEventListener("click", toEnd);
+log.addEventListener("scroll", () => {
+  if (log.scrollHeight - log.scrollTop - log.clientHeight < 80) find("newer").hidden = true;
+});
+
+const room = document.title.slice(1);
+let unseen = 0;
+document.addEventListener("visibilitychange", () => {
+  unseen = 0;
+  document.title = `#${room}`;
+});
+
+// --- saying something: a plain POST of the form
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const { text } = form.elements;
+  const body = new FormData(form);
+  const button = form.querySelector("button");
+  button.disabled = true;
+  try {
+    const answer = await fetch(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
+    show(await answer.json());
+    toEnd();
+    text.value = "";
+    find("problem").textContent = "";
+  } catch (problem) {
+    find("problem").textContent = `Not sent (${problem.message}). Your message is still here: try again.`;
+  }
+  button.disabled = false;
+  text.focus();
+});
+
+// Another text is another message. The same one sent again, because no answer came, has the key it had.
+form.elements.text.addEventListener("input", () => {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  form.elements.key.value = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+});
+
+// --- the name: this window's own, so that two windows can be two people
+
+const names = "Ada Basho Carmen Dilip Edda Farid Greta Hana Ines Jonas Kofi Lena Milo Nora Omar Pia Rumi Sol Tove Yuki".split(" ");
+if (!sessionStorage.name) {
+  localStorage.windows = Number(localStorage.windows ?? Math.floor(Math.random() * names.length)) + 1;
+  sessionStorage.name = names[localStorage.windows % names.length];
+}
+form.elements.name.value = sessionStorage.name;
+form.elements.name.addEventListener("input", () => {
+  sessionStorage.name = form.elements.name.value;
+  for (const item of list.children) decorate(item);
+});
+
+find("second-window").addEventListener("click", (event) => {
+  event.preventDefault();
+  window.open(event.target.href, "_blank", "popup,noopener,width=480,height=720");
+});
+
+for (const item of list.children) decorate(item);
+toEnd();

@@ -1,0 +1,1 @@
+"""The tests of pubsub-mw: they mirror `src/`, and meet it as its users do."""

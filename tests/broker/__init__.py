@@ -1,0 +1,1 @@
+"""What both engines promise, and what only one can break."""

@@ -1,0 +1,81 @@
+"""A publication as bytes: it comes back as it was, and foreign bytes are refused."""
+
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pubsub_mw.broker.codec import decode, encode
+from pubsub_mw.model import Channel, Draft, Position, Publication
+
+marks = st.text(string.ascii_letters + string.digits + "_-", min_size=1, max_size=32)
+positions = st.builds(Position, marks, st.integers(1, 10**15), marks)
+excluded = st.text(string.ascii_letters + string.digits + "_.,:;=@/-", max_size=180)
+
+
+def draft(head: bytes, tag: str, exclude: str) -> Draft:
+    return Draft(
+        channel=Channel("a"),
+        tag=tag,
+        head=head,
+        exclude=exclude,
+        idempotency_key="",
+        history_size=1,
+        is_kept=True,
+    )
+
+
+@settings(deadline=None)
+@given(st.binary(), positions, marks, excluded)
+def test_a_publication_survives_its_bytes(head: bytes, position: Position, previous: str, exclude: str) -> None:
+    frame = head + str(position).encode() + b'"}'
+    payload = encode(draft(head, position.tag, exclude), position, previous)
+    assert decode(payload) == Publication(position, previous, exclude, frame)
+
+
+def test_a_publication_that_was_not_kept_has_an_empty_frame() -> None:
+    payload = encode(draft(b"{", "t", "c1"), Position("e", 1, "t"), "0")
+    header = payload[: payload.index(b"\n") + 1]
+    assert decode(header) == Publication(Position("e", 1, "t"), "0", "c1", b"")
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    st.one_of(
+        st.binary(),
+        st.lists(st.sampled_from([b"e.1.t", b" ", b"\n", b"0", b"{}", b"\xff", b"a.b", b"\0"]), max_size=8).map(
+            b"".join
+        ),
+    )
+)
+def test_bytes_of_others_raise_nothing_but_a_value_error(payload: bytes) -> None:
+    try:
+        publication = decode(payload)
+    except ValueError:
+        return
+    header, _, frame = payload.partition(b"\n")
+    assert header.decode() == f"{publication.position} {publication.previous_tag} {publication.exclude}"
+    assert publication.frame == frame
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\n",
+        b"hello",
+        b"e.1.t 0 ",
+        b"e.1.t 0\n{}",
+        b"e.1.t  0 \n{}",
+        b"e.x.t 0 \n{}",
+        b"x" * 600 + b"\n{}",
+        b"e.1.t 0 c d\n{}",
+        b"\xc3\xa9.1.t 0 \n{}",
+        b'{"json":1}',
+        b"\x80\x04K\x01.",
+    ],
+)
+def test_what_has_no_header_is_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="not a p"):
+        decode(payload)

@@ -1,0 +1,1 @@
+"""The two example apps, run as their READMEs say and used in a real browser."""

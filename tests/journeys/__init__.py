@@ -1,0 +1,1 @@
+"""From publisher to client, over real processes, while things break."""

@@ -1,0 +1,78 @@
+"""Serve an ASGI app over real sockets, in the test's own event loop."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from pubsub_mw.realtime import Realtime
+from tests.tools.clock import eventually_async
+from tests.tools.ports import free_port
+
+SECRET = "a secret of thirty-two bytes or more"
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals belong to the test runner
+
+
+class Site:
+    """One server. A `Realtime` app is at `realtime`, published to by `publish` through the same broker."""
+
+    def __init__(self, app: Any, port: int, server: uvicorn.Server) -> None:
+        self.app = app
+        self.port = port
+        self.server = server
+        self.url = f"http://127.0.0.1:{port}"
+        self.ws_url = f"ws://127.0.0.1:{port}"
+
+
+@pytest.fixture
+async def serve_app() -> AsyncIterator[Callable[..., Awaitable[Site]]]:
+    """Start `await serve_app(app, **uvicorn_options)`; it stops with the test."""
+    running: list[tuple[Site, asyncio.Task[None]]] = []
+
+    async def serve(app: Any, **options: Any) -> Site:
+        options = {
+            "lifespan": "auto",
+            "log_config": None,
+            "timeout_graceful_shutdown": 1,
+            "ws": "websockets-sansio",
+            **options,
+        }
+        server = _Server(uvicorn.Config(app, **options))
+        port = free_port()
+        listening = socket.create_server(("127.0.0.1", port))
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        site = Site(app, port, server)
+        running.append((site, task))
+        await eventually_async(lambda: server.started or task.done())
+        return site
+
+    yield serve
+    for site, task in running:
+        site.server.should_exit = True
+        await task
+
+
+@pytest.fixture
+async def serve_realtime(
+    serve_app: Callable[..., Awaitable[Site]], prefix: str
+) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
+    """Start `await serve_realtime(**settings)` over a memory broker that all of one test share."""
+    apps: list[Realtime] = []
+
+    async def serve(**settings: Any) -> Site:
+        settings = {"prefix": prefix, "secret": SECRET, **settings}
+        apps.append(await asyncio.to_thread(Realtime, "memory://", **settings))
+        return await serve_app(apps[-1])
+
+    yield serve
+    for app in apps:
+        await app.stop()

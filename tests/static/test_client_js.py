@@ -1,0 +1,70 @@
+"""Hold the browser client to its tests, its types and its size. Node does the work; `make test` installs it."""
+
+import gzip
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+STATIC = HERE.parents[1] / "src" / "pubsub_mw" / "static"
+
+MAX_GZIPPED_BYTES = 6_000
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def run(*command: str) -> str:
+    """Return what a command printed; fail the test with it if the command fails."""
+    program = shutil.which(command[0])
+    if program is None:
+        pytest.fail(f"{command[0]} is missing: install Node 20 or newer, with npm")
+    done = subprocess.run([program, *command[1:]], cwd=HERE, capture_output=True, text=True, timeout=110, check=False)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}", pytrace=False)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tsc() -> str:
+    """The TypeScript compiler of package-lock.json, installed once for each version of that file."""
+    lock = HERE / "package-lock.json"
+    installed = HERE / "node_modules" / ".installed-lock.json"
+    if not installed.exists() or installed.read_bytes() != lock.read_bytes():
+        run("npm", "ci", "--no-fund", "--no-audit")
+        shutil.copy(lock, installed)
+    return str(HERE / "node_modules" / ".bin" / "tsc")
+
+
+def test_the_client_passes_its_tests_in_node() -> None:
+    output = run("node", "--test", "--test-reporter=tap")
+    assert "# fail 0" in output
+    assert "# pass 0" not in output
+
+
+def test_its_types_are_right_and_the_shipped_ones_are_up_to_date(tsc: str, tmp_path: Path) -> None:
+    run(tsc, "--outDir", str(tmp_path))
+    made, shipped = tmp_path / "client.d.ts", STATIC / "client.d.ts"
+    assert made.read_text() == shipped.read_text(), "run `npm run types` in tests/static"
+
+
+def test_a_typescript_page_can_use_it_and_is_kept_from_misusing_it(tsc: str) -> None:
+    # Files on the command line make tsc pass over tsconfig.json, so that the shipped client.d.ts is what it reads.
+    run(
+        tsc,
+        "--noEmit",
+        "--strict",
+        "--target",
+        "es2022",
+        "--module",
+        "es2022",
+        "--moduleResolution",
+        "bundler",
+        "usage.ts",
+    )
+
+
+def test_it_is_small_as_it_is_served() -> None:
+    size_bytes = len(gzip.compress((STATIC / "client.js").read_bytes(), 9))
+    assert size_bytes < MAX_GZIPPED_BYTES

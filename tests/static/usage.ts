@@ -1,0 +1,49 @@
+/** What a page written in TypeScript may and may not do. Only compiled, against the shipped types. */
+
+import {
+  backoff,
+  connect,
+  type Gap,
+  type Message,
+  type Realtime,
+  type RealtimeError,
+} from "../../src/pubsub_mw/static/client.js";
+
+const realtime: Realtime = connect();
+connect("/realtime");
+connect({ grant: "token" });
+connect("wss://example.test/realtime", { grant: async () => (await fetch("/grant")).text(), WebSocket });
+
+const subscription = realtime.subscribe(
+  "room:42",
+  (data, message: Message) => console.log(data.text, message.position),
+  {
+    position: null,
+    onSubscribed: ({ channel, position, recovered }) =>
+      console.log(channel.length, position.length, recovered === null),
+    onGap: (gap: Gap) => console.log(gap.reason),
+    onError: (error: RealtimeError) => console.log(error.message, error.code, error.channel),
+  },
+);
+subscription.unsubscribe();
+realtime.unsubscribe("room:42");
+
+const remove: () => void = realtime.on("state", (state) => console.log(state === "waiting"));
+remove();
+realtime.on("private", (data, { event }) => console.log(data, event));
+realtime.on("error", ({ code }) => console.log(code));
+const id: string | null = realtime.connection ?? realtime.user;
+const seconds: number = backoff(0, Math.random());
+console.log(id, seconds);
+realtime.close();
+
+// @ts-expect-error: no such state
+realtime.on("state", (state) => state === "open");
+// @ts-expect-error: no such event
+realtime.on("message", () => {});
+// @ts-expect-error: the state is not the page's to set
+realtime.state = "closed";
+// @ts-expect-error: a callback is needed
+realtime.subscribe("room:42");
+// @ts-expect-error: no such option
+connect({ token: "text" });
