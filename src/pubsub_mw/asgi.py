@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,11 +65,15 @@ def with_realtime(app: "ASGIApp | WSGIApplication", *, url: str | None = None, *
     realtime = Realtime(url, **settings)
     if is_asgi(app):
         asgi_app = _AsyncPubSub(cast(ASGIApp, app), url, **settings)
-        return _WithRealtime(realtime, asgi_app, Worker(asgi_app, url, is_asgi=True, threads=_THREADS, **settings))
+        return _WithRealtime(
+            realtime, asgi_app, lambda: Worker(asgi_app, url, is_asgi=True, threads=_THREADS, **settings)
+        )
     wsgi_app = cast("WSGIApplication", app)
     if not isinstance(app, PubSub):
         wsgi_app = PubSub(wsgi_app, url, **settings)
-    return _WithRealtime(realtime, _WsgiApp(wsgi_app), Worker(wsgi_app, url, threads=_WORKER_THREADS, **settings))
+    return _WithRealtime(
+        realtime, _WsgiApp(wsgi_app), lambda: Worker(wsgi_app, url, threads=_WORKER_THREADS, **settings)
+    )
 
 
 def __getattr__(name: str) -> Any:
@@ -92,15 +96,17 @@ _WORKER_THREADS = 8
 class _WithRealtime:
     """The two apps side by side."""
 
-    def __init__(self, realtime: Realtime, app: ASGIApp, worker: Worker | None) -> None:
+    def __init__(self, realtime: Realtime, app: ASGIApp, new_worker: Callable[[], Worker] | None) -> None:
         self.realtime = realtime
         self._app = app
-        self._worker = worker
+        self._new_worker = new_worker
+        self._worker = new_worker() if new_worker is not None else None
+        self._is_stopping = False
         self._worker_thread: threading.Thread | None = None
         self._router = Router(routes=[Mount(MOUNT, realtime)], default=app, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._start_worker()
+        self._start_worker(scope.get("state", {}))
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
             return
@@ -108,15 +114,26 @@ class _WithRealtime:
             scope = {**scope, "path": scope["path"] + "/"}
         await self._router(scope, receive, send)
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, state: dict[str, Any]) -> None:
         """Start the worker in threads of its own, once; on first use, since a mounted app gets no lifespan."""
         if self._worker is not None and self._worker_thread is None:
-            self._worker.use_loop(asyncio.get_running_loop())
-            self._worker_thread = threading.Thread(target=self._worker.run, name="worker", daemon=True)
+            arguments = (asyncio.get_running_loop(), state)
+            self._worker_thread = threading.Thread(target=self._run_worker, args=arguments, name="worker", daemon=True)
             self._worker_thread.start()
+
+    def _run_worker(self, loop: asyncio.AbstractEventLoop, state: dict[str, Any]) -> None:
+        """Run the worker, and another one when it cannot go on: here nobody ends the process."""
+        while self._worker is not None and self._new_worker is not None and not self._is_stopping:
+            self._worker.use_loop(loop, state)
+            try:
+                self._worker.run()
+            except RuntimeError:
+                log.exception("the worker is started anew")
+                self._worker = self._new_worker()
 
     async def _stop_worker(self) -> None:
         if self._worker is not None and self._worker_thread is not None:
+            self._is_stopping = True
             self._worker.stop()
             await asyncio.to_thread(self._worker_thread.join)
 

@@ -69,7 +69,7 @@ class ErrorCode(StrEnum):
     GRANT_EXPIRED = "grant_expired"  # the grant is past its `exp`; send a fresh one in `grant`
     UNAVAILABLE = "unavailable"  # the broker did not answer; try again
     UNSUPPORTED = "unsupported"  # this server does not do that
-    BUSY = "busy"  # the request queue, or this connection's backlog, is full; try again later
+    BUSY = "busy"  # the request queue, this connection's backlog, or a presence channel is full; try again later
     CANCELLED = "cancelled"  # the request was cancelled before it was begun
     REVOKED = "revoked"  # in `unsubscribed`: the application ended the subscription
     EXPIRED = "expired"  # the request was answered, and the answer is no longer kept

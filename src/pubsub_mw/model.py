@@ -16,6 +16,7 @@ from pubsub_mw.errors import ChannelError
 __all__ = [
     "CONNECTION_PREFIX",
     "CONTROL_CHANNEL",
+    "LIFECYCLE_CHANNEL",
     "START_EPOCH",
     "START_TAG",
     "USER_PREFIX",
@@ -45,6 +46,8 @@ CONNECTION_PREFIX = "#connection-"
 USER_PREFIX = "#user-"
 CONTROL_CHANNEL = Channel("#control")
 """What the application tells all realtime servers; neither clients nor `publish` can name it."""
+LIFECYCLE_CHANNEL = Channel("#lifecycle")
+"""Where the application's answers to lifecycle reports go; nobody listens. Such a report is never too late."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.,:;=@/-]{1,200}\Z")
 _OWN_NAME = re.compile(r"#(?:connection|user)-[A-Za-z0-9_.,:;=@/-]+\Z")

@@ -28,7 +28,10 @@ The server sends:
 `connected`     `connection` (text), `resume` (text), `user` (text or null), `ping` (seconds between pings)
 `subscribed`    `channel`, `position`, `recovered`: true = what was missed follows as messages, and `position` is
                 where they start; false = what was missed could not be told, go on from `position`; null = no
-                position was given
+                position was given. On a presence channel also `members`: a list of `{"user", "info"}`, each user
+                once, whoever is there
+`join`, `leave` `channel`, `member`: a user came to a presence channel with the first connection, or went with the
+                last one; changes the `members` that `subscribed` told
 `message`       `channel`, `event`, `data`, `position`. In offset order; each at most once on a connection
 `response`      `id`, `status`, `headers` (object), `body` (text), `encoding` ("base64" where the body is bytes),
                 `position`: the answer to a request. On the connection's own channel, so it survives a reconnect
@@ -75,6 +78,8 @@ __all__ = [
     "error",
     "gap",
     "head_of",
+    "join",
+    "leave",
     "message_head",
     "message_tail",
     "response_chunk_head",
@@ -296,8 +301,26 @@ def connected(connection: str, resume: str, user: str | None, ping: float) -> by
     return orjson.dumps({"type": "connected", "connection": connection, "resume": resume, "user": user, "ping": ping})
 
 
-def subscribed(channel: str, position: Position, recovered: bool | None) -> bytes:
-    return orjson.dumps({"type": "subscribed", "channel": channel, "position": str(position), "recovered": recovered})
+def subscribed(
+    channel: str, position: Position, recovered: bool | None, members: Mapping[str, bytes] | None = None
+) -> bytes:
+    """`members`: user -> info (JSON) of who is on a presence channel."""
+    frame = {"type": "subscribed", "channel": channel, "position": str(position), "recovered": recovered}
+    if members is not None:
+        return orjson.dumps({**frame, "members": [_member(user, info) for user, info in members.items()]})
+    return orjson.dumps(frame)
+
+
+def join(channel: str, user: str, info: bytes) -> bytes:
+    return orjson.dumps({"type": "join", "channel": channel, "member": _member(user, info)})
+
+
+def leave(channel: str, user: str, info: bytes) -> bytes:
+    return orjson.dumps({"type": "leave", "channel": channel, "member": _member(user, info)})
+
+
+def _member(user: str, info: bytes) -> dict[str, object]:
+    return {"user": user, "info": orjson.Fragment(info)}
 
 
 def message_head(channel: str, event: str, data: bytes) -> bytes:

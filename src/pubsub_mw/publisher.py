@@ -20,17 +20,20 @@ from weakref import WeakKeyDictionary
 from pubsub_mw.broker.engines import current_stand_in, load_engine, open_async_broker, open_broker
 from pubsub_mw.broker.interface import AsyncBroker, Broker
 from pubsub_mw.broker.memory import AsyncMemoryBroker
+from pubsub_mw.broker.presence import PresenceCall
 from pubsub_mw.drafts import build_answer_draft, build_draft, build_drafts, encode_data
-from pubsub_mw.errors import BrokerUnavailable, PublishError
+from pubsub_mw.errors import BrokerUnavailable, ChannelError, PublishError
 from pubsub_mw.grants import sign_grant
 from pubsub_mw.model import (
     CONNECTION_PREFIX,
     CONTROL_CHANNEL,
     USER_PREFIX,
+    Channel,
     Draft,
     Position,
     check_channel,
     check_subscribable,
+    is_presence,
 )
 from pubsub_mw.protocol import head_of
 from pubsub_mw.settings import Settings
@@ -159,6 +162,15 @@ class Publisher:
             warn_of_secret(self.settings)
         return sign_grant(self._secret, now=time.time(), **claims)
 
+    def presence(self, channel: str) -> list[dict[str, Any]]:
+        """Return who is on a presence channel: for each user, once, `user` (text) and `info` (any JSON).
+
+        Raises:
+            ChannelError: not the name of a presence channel.
+            BrokerUnavailable: no answer within `publish_timeout`.
+        """
+        return _members(self._broker.presence(_check_presence(channel)))
+
     def disconnect(self, *, user: str | None = None, connection: str | None = None) -> None:
         """End every live connection of a user, or one connection, and bar the grants and resume tokens made until now.
 
@@ -276,6 +288,13 @@ class AsyncPublisher:
             warn_of_secret(self.settings)
         return sign_grant(self._secret, now=time.time(), **claims)
 
+    async def presence(self, channel: str) -> list[dict[str, Any]]:
+        """As `Publisher.presence`."""
+        (present,) = await self._broker().presence([PresenceCall(channel=_check_presence(channel))])
+        if isinstance(present, Exception):
+            raise present
+        return _members(present.users or {})
+
     async def close(self) -> None:
         """Give the running loop's connections back."""
         broker = self._brokers.pop(asyncio.get_running_loop(), None)
@@ -305,6 +324,17 @@ def _patterns(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in checked):
         raise TypeError(f"{name} is a list of patterns, and each is a text")
     return checked
+
+
+def _check_presence(name: str) -> Channel:
+    channel = check_channel(name)
+    if not is_presence(channel):
+        raise ChannelError(name, "is not a presence channel; those begin with presence-")
+    return channel
+
+
+def _members(users: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    return [{"user": user, "info": json.loads(info)} for user, info in users.items()]
 
 
 def warn_of_secret(settings: Settings) -> None:

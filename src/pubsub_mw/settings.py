@@ -56,6 +56,11 @@ class Settings:
         lifecycle_grace: after which a connection that broke is reported as ended, if it was not resumed
         presence_ttl: after which a server that gives no sign of life is taken for dead, and what it held is
             reported gone
+        presence_grace: after which a user whose last connection to a presence channel broke is reported gone, if
+            none was resumed
+        presence_size: users on a presence channel; beyond it a subscription is refused as `busy`
+        max_info_bytes: of the JSON that presence shows beside a user; a subscription with more is refused as
+            `too_large`
         public: patterns of unprefixed channels that all may listen to
         history_size: publications kept per channel
         history_ttl: how long they are kept after the channel's last publication
@@ -105,6 +110,9 @@ class Settings:
     lease: float = _number(10.0, 0.05, 86_400)
     max_deliveries: int = _number(5, 1, 1_000)
     presence_ttl: float = _number(15.0, 0.1, 86_400)
+    presence_grace: float = _number(3.0, 0.0, 3_600)
+    presence_size: int = _number(1_000, 1, 100_000)
+    max_info_bytes: int = _number(1_024, 4, 1 << 20)
     authorize: str = ""
     lifecycle: str = ""
     lifecycle_grace: float = _number(3.0, 0.0, 3_600)
@@ -181,6 +189,11 @@ class Settings:
                 # An empty list says something (PUBSUB_PUBLIC= : no channel is public); any other empty value does not.
                 values[name] = _convert(knob, text, "PUBSUB_" + name.upper())
         return cls(**values)
+
+    @property
+    def claim_ttl(self) -> float:
+        """How long a request is known: longer than its answer, so that a resend never runs what was answered."""
+        return self.idempotency_ttl + self.request_timeout + self.request_grace
 
     def overrides(self) -> dict[str, Any]:
         """Return every setting as an argument, to build the same settings elsewhere."""

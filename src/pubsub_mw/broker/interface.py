@@ -13,12 +13,13 @@ what a worker sees of the requests that `AsyncBroker.accept` stored. A request i
 answer is published at most once, because everything published for it carries an idempotency key (`answer_key`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position, Publication
+from pubsub_mw.broker.presence import Notice, PresenceCall, Present
+from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position, Publication, Request
 
 __all__ = [
     "Acceptance",
@@ -85,8 +86,12 @@ class RequestQueue(Protocol):
         Those come first that another worker took and has not renewed for `lease` seconds.
         """
 
-    def renew(self, entries: Sequence[str]) -> None:
-        """Say that these are still worked on."""
+    def renew(self, running: Mapping[str, Request]) -> list[str]:
+        """Say that these, by entry, are still worked on, so that a resend is known and does not run them again.
+
+        Returns:
+            Entries that are not in the queue any more: another worker answered them.
+        """
 
     def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
         """Publish parts of answers, then acknowledge the requests that are answered whole; one round trip."""
@@ -94,8 +99,14 @@ class RequestQueue(Protocol):
     def set_aside(self, taken: Taken) -> None:
         """Keep a request that cannot be run for whoever looks into it, bounded, and take it out of the queue."""
 
-    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
-        """Tell for each (connection, request id) whether its client cancelled it."""
+    def cancelled(self, requests: Sequence[Request]) -> list[bool]:
+        """Tell for each whether its client cancelled it."""
+
+    def has_begun(self, request: Request) -> bool:
+        """Whether an answer to it, or the begin of one, was published."""
+
+    def leave(self) -> None:
+        """Say that this worker takes no more. What it has not settled is kept for others."""
 
 
 class Broker(Protocol):
@@ -123,6 +134,9 @@ class Broker(Protocol):
     def queue(self, worker: str) -> RequestQueue:
         """Return the request queue as the worker of that name sees it."""
 
+    def presence(self, channel: Channel) -> Mapping[str, bytes]:
+        """Return user -> info (JSON) of all who are on the channel."""
+
     def close(self) -> None:
         """Give connections back to the system."""
 
@@ -132,6 +146,9 @@ class Listener(Protocol):
 
     def on_publication(self, channel: str, publication: Publication) -> None:
         """A publication arrived. *At most once*, in the order of the link; recovery is the listener's part."""
+
+    def on_notice(self, channel: str, notice: Notice) -> None:
+        """A user came to the channel or went. *At most once*; numbers that are left out are the listener's part."""
 
     def on_subscribed(self, channel: str) -> None:
         """From now on the channel's publications arrive. Again after each new link: what came between is to be read."""
@@ -183,17 +200,38 @@ class AsyncBroker(Protocol):
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request for a worker, in one step with the checks that it is new and that there is room."""
 
-    async def report_begin(self, server: str, connection: ConnectionId, begin: bytes, end: bytes) -> None:
-        """Store the report that a connection began, unless it was there already, and keep the report of its end."""
+    async def report_begin(
+        self, server: str, connection: ConnectionId, begin: bytes, end: bytes, *, takes_over: bool
+    ) -> None:
+        """Store the report that a connection began, unless it was there already, and keep the report of its end.
+
+        Args:
+            server: which holds it from now on
+            connection: its id
+            begin: the report to store
+            end: the report to keep
+            takes_over: whether `server` takes it from another one that holds it; if not, nothing is done then
+        """
 
     async def report_end(self, server: str, connection: ConnectionId) -> None:
         """Store the report that a connection ended, unless another server holds it by now."""
 
-    async def keep_lease(self, server: str, lease: float) -> None:
-        """Say that `server` lives for `lease` seconds more, and store the reports of servers that do not."""
+    async def keep_lease(self, server: str, lease: float) -> bool:
+        """Say that `server` lives for `lease` seconds more, and store the reports of servers that do not.
+
+        Returns:
+            False if it had no lease any more, or none yet: what it holds may have been reported as ended.
+        """
 
     async def cancel(self, connection: ConnectionId, request_id: str) -> None:
         """Note that an answer is not wanted any more."""
+
+    async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
+        """Change who is on several channels, or ask, in one round trip, in order.
+
+        Returns:
+            An answer for each, in order, or what went wrong with that one alone.
+        """
 
     def subscriber(self, listener: Listener) -> Subscriber:
         """Make a link that tells `listener`; the caller runs it."""

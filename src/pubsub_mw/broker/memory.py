@@ -16,12 +16,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pubsub_mw.broker.codec import decode, encode
 from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Taken, answer_key
-from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Publication
+from pubsub_mw.broker.presence import Notice, PresenceCall, Present, Roster
+from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Publication, Request
 from pubsub_mw.settings import Settings
 
 __all__ = ["AsyncMemoryBroker", "MemoryBroker", "MemoryQueue", "MemorySubscriber", "memory_broker"]
@@ -83,6 +84,7 @@ class MemoryBroker:
         self._entry = 0
         self._reports: dict[ConnectionId, bytes] = {}
         self._revoked: dict[str, dict[str, float]] = {}
+        self._rosters: dict[str, Roster] = {}
         self._secret = secrets.token_hex(32)
         self._published = 0
         self._has_endpoint = False
@@ -171,6 +173,22 @@ class MemoryBroker:
             if end is not None:
                 self._put(end)
 
+    def presence(self, channel: Channel) -> Mapping[str, bytes]:
+        return self.change_presence(PresenceCall(channel=channel)).users or {}
+
+    def change_presence(self, call: PresenceCall) -> Present:
+        """Change who is on a channel; see `AsyncBroker.presence`."""
+        ttl, size = self._settings.presence_ttl, self._settings.presence_size
+        with self._lock:
+            roster = self._rosters.pop(call.channel, None) or Roster(secrets.token_hex(4))
+            present, notices = roster.apply(call, now=time.monotonic(), ttl=ttl, size=size)
+            if roster.users:
+                self._rosters[call.channel] = roster
+            for notice in notices:
+                for subscriber in self._subscribers:
+                    subscriber.offer_notice(call.channel, notice)
+            return present
+
     def _put(self, payload: bytes) -> None:
         self._entry += 1
         self._requests[str(self._entry)] = _Waiting(payload, time.monotonic())
@@ -197,7 +215,7 @@ class MemoryBroker:
             if len(self._requests) >= self._settings.queue_size:
                 return Accepted(Acceptance.FULL, answered_at)
             self._put(payload)
-            self._claims[claim] = now + self._settings.idempotency_ttl
+            self._claims[claim] = now + self._settings.claim_ttl
             return Accepted(Acceptance.STORED, answered_at)
 
     def cancel(self, connection: ConnectionId, request_id: str) -> None:
@@ -227,21 +245,33 @@ class MemoryBroker:
                 taken.append(Taken(entry, waiting.payload, now - waiting.since, waiting.deliveries))
         return taken
 
-    def renew(self, entries: Sequence[str]) -> None:
+    def renew(self, running: Mapping[str, Request]) -> list[str]:
+        now = time.monotonic()
+        known_until = now + self._settings.claim_ttl
         with self._lock:
-            for entry in entries:
+            for entry, request in running.items():
                 if entry in self._requests:
-                    self._requests[entry].taken_until = time.monotonic() + self._settings.lease
+                    self._requests[entry].taken_until = now + self._settings.lease
+                    self._claims[request.connection, request.id] = known_until
+                    answer = (str(request.reply_to), answer_key(request.id))
+                    if answer in self._keys:
+                        self._keys[answer] = (self._keys[answer][0], known_until)
+            return [entry for entry in running if entry not in self._requests]
 
     def forget(self, entries: Sequence[str]) -> None:
         with self._lock:
             for entry in entries:
                 self._requests.pop(entry, None)
 
-    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
+    def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         now = time.monotonic()
         with self._lock:
-            return [self._cancelled.get(request, 0.0) > now for request in requests]
+            return [self._cancelled.get((request.connection, request.id), 0.0) > now for request in requests]
+
+    def has_begun(self, request: Request) -> bool:
+        with self._lock:
+            _, expires = self._keys.get((request.reply_to, answer_key(request.id)), (None, 0.0))
+            return expires > time.monotonic()
 
     def leave_parent(self) -> None:
         """Note that this is another process now: what listened, and who held the lock, is in the parent."""
@@ -262,6 +292,7 @@ class MemoryBroker:
         with self._lock:
             self._histories.clear()
             self._keys.clear()
+            self._rosters.clear()
             for subscriber in self._subscribers:
                 subscriber.relink()
 
@@ -307,8 +338,8 @@ class MemoryQueue:
     def take(self, limit: int, wait: float) -> list[Taken]:
         return self._broker.take(limit, wait)
 
-    def renew(self, entries: Sequence[str]) -> None:
-        self._broker.renew(entries)
+    def renew(self, running: Mapping[str, Request]) -> list[str]:
+        return self._broker.renew(running)
 
     def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
         self._broker.publish(drafts)
@@ -318,8 +349,14 @@ class MemoryQueue:
         """Take it out of the queue; a process that ends keeps nothing for later."""
         self._broker.forget([taken.entry])
 
-    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
+    def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         return self._broker.cancelled(requests)
+
+    def has_begun(self, request: Request) -> bool:
+        return self._broker.has_begun(request)
+
+    def leave(self) -> None:
+        """Nobody keeps a list of workers here."""
 
 
 class MemorySubscriber:
@@ -361,6 +398,13 @@ class MemorySubscriber:
             # The loop is closed and its owner has not come to `detach`: there is nobody left to tell.
             log.debug("a publication came for an event loop that is closed")
 
+    def offer_notice(self, channel: str, notice: Notice) -> None:
+        """Take a notice, from any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._deliver_notice, channel, notice)
+        except RuntimeError:
+            log.debug("a notice came for an event loop that is closed")
+
     def relink(self) -> None:
         """Make the listener read everything anew, as after a broken link; from any thread."""
         self._loop.call_soon_threadsafe(self._relink)
@@ -377,6 +421,10 @@ class MemorySubscriber:
     def _deliver(self, channel: str, publication: Publication) -> None:
         if self._is_up and channel in self._channels:
             self._listener.on_publication(channel, publication)
+
+    def _deliver_notice(self, channel: str, notice: Notice) -> None:
+        if self._is_up and channel in self._channels:
+            self._listener.on_notice(channel, notice)
 
 
 class AsyncMemoryBroker:
@@ -402,17 +450,29 @@ class AsyncMemoryBroker:
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         return self._broker.accept(connection, request_id, payload, reply_to)
 
-    async def report_begin(self, server: str, connection: ConnectionId, begin: bytes, end: bytes) -> None:  # noqa: ARG002
+    async def report_begin(
+        self,
+        server: str,  # noqa: ARG002 - there is one server
+        connection: ConnectionId,
+        begin: bytes,
+        end: bytes,
+        *,
+        takes_over: bool,  # noqa: ARG002
+    ) -> None:
         self._broker.report(connection, begin, end)
 
     async def report_end(self, server: str, connection: ConnectionId) -> None:  # noqa: ARG002 - there is one server
         self._broker.report_end(connection)
 
-    async def keep_lease(self, server: str, lease: float) -> None:
+    async def keep_lease(self, server: str, lease: float) -> bool:  # noqa: ARG002
         """Nothing to keep: the server and the broker end together."""
+        return True
 
     async def cancel(self, connection: ConnectionId, request_id: str) -> None:
         self._broker.cancel(connection, request_id)
+
+    async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
+        return [self._broker.change_presence(call) for call in calls]
 
     def subscriber(self, listener: Listener) -> MemorySubscriber:
         self._broker.expect_endpoint()

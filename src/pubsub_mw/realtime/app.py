@@ -235,6 +235,7 @@ class _Running:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self.hub.run())
                     tasks.create_task(self.shared.control.run())
+                    tasks.create_task(self.shared.presence.run())
                     if self.shared.settings.lifecycle:
                         tasks.create_task(self.shared.lifecycle.run())
                     if self.shared.settings.authorize:
@@ -244,6 +245,7 @@ class _Running:
             await asyncio.sleep(_RESTART_SECONDS)
 
     async def stop(self) -> None:
+        self.shared.lifecycle.stop()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         await self._publisher.close()

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -20,7 +21,8 @@ from pubsub_mw.broker.codec import encode_request
 from pubsub_mw.broker.interface import Acceptance, AsyncBroker
 from pubsub_mw.errors import BrokerUnavailable, ChannelError
 from pubsub_mw.grants import queue_key
-from pubsub_mw.model import Channel, ConnectionId, Handshake, Request, channel_of_user
+from pubsub_mw.model import Channel, ConnectionId, Handshake, Position, Request, channel_of_user
+from pubsub_mw.realtime.control import close_unsettled
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
@@ -61,7 +63,8 @@ class Authorizer:
         """Return the application's decision.
 
         Raises:
-            BrokerUnavailable: the question could not be stored, or nobody answered within `request_timeout`.
+            BrokerUnavailable: the question could not be stored, the application failed (5xx), or nobody answered
+                within `request_timeout`.
         """
         request_id = f"authorize-{secrets.token_urlsafe(12)}"
         request = Request(
@@ -96,14 +99,18 @@ class Authorizer:
         while True:
             queue = SendQueue(self._settings.send_queue_bytes, self._settings.send_queue_bytes // 4)
             name = ConnectionId("authorizer")
-            subscription = Subscription(self._channel, name, queue, None, is_announced=False)
+            settled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            settled.add_done_callback(partial(close_unsettled, queue))
+            # From the channel's very beginning: an answer may be there before the broker follows it.
+            start = Position.start()
+            subscription = Subscription(self._channel, name, queue, start, is_announced=False, settled=settled)
             self._hub.subscribe(subscription)
             try:
                 while frame := await queue.take():
                     self._take(json.loads(frame))
             finally:
                 self._hub.unsubscribe(subscription)
-            log.error("answers of %s came faster than they could be read", self._settings.authorize)
+            log.error("answers of %s are not followed (%s); beginning again", self._settings.authorize, queue.closed)
 
     def _take(self, frame: dict[str, Any]) -> None:
         answer = self._waiting.get(frame.get("id", ""))
@@ -117,8 +124,8 @@ class Authorizer:
 
 
 def _decision(answer: dict[str, Any]) -> Decision:
-    if answer["status"] == 504:
-        raise BrokerUnavailable("the application did not answer in time")
+    if answer["status"] >= 500:
+        raise BrokerUnavailable(f"the application answered {answer['status']}")
     if not 200 <= answer["status"] < 300:
         return Decision(is_allowed=False)
     try:

@@ -31,6 +31,7 @@ from pubsub_mw.errors import (
 )
 from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
+    USER_PREFIX,
     Channel,
     ConnectionId,
     Grant,
@@ -48,6 +49,7 @@ from pubsub_mw.realtime.authorize import Authorizer
 from pubsub_mw.realtime.control import Control
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.lifecycle import Lifecycle
+from pubsub_mw.realtime.presence import Presence
 from pubsub_mw.realtime.requests import RequestGate, Requests
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
@@ -77,6 +79,7 @@ class Shared:
         self.control = Control(broker, hub, settings)
         self.authorizer = Authorizer(broker, hub, settings, secret)
         self.lifecycle = Lifecycle(broker, settings, secret)
+        self.presence = Presence(broker, hub, settings)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +88,14 @@ class _Own:
 
     position: Position | None
     is_announced: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Allowed:
+    """By what a connection listens to a channel: a grant, or else the application or `public`; and since when."""
+
+    is_by_grant: bool
+    at: float
 
 
 class Connection:
@@ -108,9 +119,12 @@ class Connection:
         self._asking: dict[Channel, asyncio.Task[None]] = {}
         self._app_user: str | None = None
         self._app_info: object = None
+        self._app_user_at = math.inf  # when the application was asked who it is
+        self._user_positions: dict[str, Position] = {}  # for the channel of the user whom the application may name
         self._token: Resume | None = None
         self._begun_at = time.time()
-        self._revoked: dict[str, float] = {}  # channel -> until when grants for it are void
+        self._revoked: dict[str, float] = {}  # channel, or `*` -> grants made until then are void
+        self._allowed: dict[Channel, _Allowed] = {}
         self._loop = asyncio.get_running_loop()
         self._next_ping_at = math.inf
         self._unanswered_at: float | None = None  # when the first ping went out since anything came
@@ -167,7 +181,11 @@ class Connection:
         self._shared.control.leave(self)
         if self._requests is not None:
             self._requests.close()
+        # Whom the application sent away is gone at once; others may come back.
+        is_over = self.send_queue.closed is not None and self.send_queue.closed[0] is CloseCode.DISCONNECTED
+        grace = 0.0 if is_over else self._shared.settings.presence_grace
         for subscription in [*self._subscriptions.values(), *self._own]:
+            self._shared.presence.leave(subscription, after=grace)
             self._shared.hub.unsubscribe(subscription)
         self._subscriptions.clear()
         self._own.clear()
@@ -205,7 +223,11 @@ class Connection:
             if channel.startswith("#") and resume is not None and channel in positions:
                 continue
             try:
-                self._subscribe(channel, position)
+                if channel.startswith(USER_PREFIX) and resume is not None and self.user is None:
+                    # Whose it is the application says when it is asked again; until then it is nobody's.
+                    self._keep_user_position(channel, position)
+                else:
+                    self._subscribe(channel, position)
             except FrameError as error:
                 self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
 
@@ -227,25 +249,27 @@ class Connection:
 
     def revoke(self, identity: str, subject: str, at: float) -> None:
         """Give up a channel, or `*`, everything, if what `identity` was given for it is no younger than `at`."""
+        self._revoked[subject] = max(at, self._revoked.get(subject, -math.inf))
+        if subject != "*":
+            subscription = self._subscriptions.get(Channel(subject))
+            allowed = self._allowed.get(Channel(subject))
+            if subscription is not None and allowed is not None and allowed.at <= at:
+                self._end_subscription(subscription, ErrorCode.REVOKED, "the application ended it")
+            return
         token = self._token if self.id is None else None
         if identity.startswith("user:"):
-            made_at = self._grant.issued_at if self._grant is not None else math.inf
-            if token is not None and token.issued_at <= at and subject == "*":
+            by_grant = self._grant is not None and self._grant.user is not None
+            made_at = self._grant.issued_at if self._grant is not None and by_grant else self._app_user_at
+            if token is not None and token.issued_at <= at:
                 self._token = None
         else:
             made_at = token.issued_at if token is not None else self._begun_at
-        if made_at > at:
-            return
-        if subject == "*":
+        if made_at <= at:
             self.send_queue.close(CloseCode.DISCONNECTED, "the application ended this connection")
-            return
-        self._revoked[subject] = max(at, self._revoked.get(subject, 0.0))
-        subscription = self._subscriptions.get(Channel(subject))
-        if subscription is not None:
-            self._end_subscription(subscription, ErrorCode.REVOKED, "the application ended it")
 
     def _end_subscription(self, subscription: Subscription, code: ErrorCode, reason: str) -> None:
         del self._subscriptions[subscription.channel]
+        self._shared.presence.leave(subscription)
         self._shared.hub.unsubscribe(subscription)
         self.send_queue.put_nowait(protocol.unsubscribed(subscription.channel, code, reason))
 
@@ -293,9 +317,7 @@ class Connection:
                 settled=settled[-1],
             )
             self._own.append(subscription)
-        requests = Requests(
-            self._shared.gate, connection, self.handshake, self.send_queue, self._own[0], self._own[0].position
-        )
+        requests = Requests(self._shared.gate, connection, self.handshake, self.send_queue, self._own[0])
         self._own[0].on_reply = requests.on_reply
         self._requests = requests
         if resume is None:
@@ -310,6 +332,8 @@ class Connection:
             return False
         self.id = connection
         hub.open(connection, self.send_queue)
+        if resume is not None:
+            self._shared.control.claim(connection)
         self._shared.lifecycle.begin(connection, self.user, "websocket", self.handshake)
         user_position = self._own[-1].position if len(self._own) > 1 else None
         token = sign_resume(
@@ -319,17 +343,12 @@ class Connection:
         )
         self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
         if resume is not None:
-            for subscription, answer in zip(self._own, settled, strict=True):
-                answer.add_done_callback(self._on_settled)
+            for subscription, followed in zip(self._own, settled, strict=True):
+                followed.add_done_callback(self._on_own_settled)
                 hub.subscribe(subscription)
         self._timer.cancel()
         self._schedule()
         return True
-
-    def _on_settled(self, answer: "asyncio.Future[bool]") -> None:
-        """End a resumed connection whose own channels cannot be followed: it could not ask for them by name."""
-        if not answer.result():
-            self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
 
     def _take_grant(self, token: str, *, adds: bool = False) -> None:
         """Take a fresh grant instead of the present one, or, if it `adds`, beside it: what either allows is allowed,
@@ -350,11 +369,19 @@ class Connection:
                 publish=tuple(dict.fromkeys(present.publish + grant.publish)),
                 expires_at=min(present.expires_at, grant.expires_at),
             )
+        if grant.issued_at <= self._revoked.get("*", -math.inf):
+            raise FrameError(ErrorCode.GRANT_INVALID, "the application ended what was granted until then")
         was_nobody = self.user is None
         self._grant = grant
         if was_nobody and grant.user is not None:
             self._listen_to_user(grant.user)
         self._expiry_told_at = None
+        for channel in [name for name, allowed in self._allowed.items() if allowed.is_by_grant]:
+            subscription = self._subscriptions.get(channel)
+            if self._may_listen(channel):
+                self._allowed[channel] = _Allowed(True, grant.issued_at)
+            elif subscription is not None and subscription.is_open:
+                self._end_subscription(subscription, ErrorCode.FORBIDDEN, "the fresh grant does not allow it")
         self._timer.cancel()
         self._schedule()
 
@@ -364,11 +391,14 @@ class Connection:
         `subscribed` tells where it begins, because the resume token cannot know.
         """
         assert self.id is not None
-        answer = self._loop.create_future()
-        answer.add_done_callback(self._on_settled)
-        own = Subscription(channel_of_user(user), self.id, self.send_queue, None, settled=answer)
+        channel = channel_of_user(user)
+        followed: asyncio.Future[bool] = self._loop.create_future()
+        followed.add_done_callback(self._on_own_settled)
+        position = self._user_positions.get(channel)
+        own = Subscription(channel, self.id, self.send_queue, position, settled=followed)
         self._own.append(own)
         self._shared.hub.subscribe(own)
+        self._shared.lifecycle.begin(self.id, user, "websocket", self.handshake)
 
     # What it listens to.
 
@@ -389,6 +419,9 @@ class Connection:
         if channel in self._asking:
             raise FrameError(ErrorCode.ALREADY_SUBSCRIBED, "the application is asked about it already", channel=channel)
         if self._may_listen(channel):
+            is_by_grant = is_protected(channel) or not self._shared.is_public(channel)
+            issued_at = self._grant.issued_at if self._grant is not None else 0.0
+            self._allowed[channel] = _Allowed(is_by_grant, issued_at if is_by_grant else time.time())
             self._listen(channel, position)
         elif self._shared.settings.authorize:
             task = asyncio.create_task(self._ask(channel, position))
@@ -399,25 +432,31 @@ class Connection:
 
     def _listen(self, channel: Channel, position: Position | None) -> None:
         """Subscribe to a channel that this connection may listen to."""
-        if is_presence(channel):
-            raise FrameError(
-                ErrorCode.UNSUPPORTED, "presence channels are not supported by this version", channel=channel
-            )
         assert self.id is not None
         subscription = Subscription(channel, self.id, self.send_queue, position)
+        if not is_presence(channel):
+            self._shared.hub.subscribe(subscription)
+        elif self.user is not None:
+            self._shared.presence.enter(subscription, self.user, self.info)
+        else:
+            raise FrameError(ErrorCode.FORBIDDEN, "a presence channel needs a user", channel=channel)
         self._subscriptions[channel] = subscription
-        self._shared.hub.subscribe(subscription)
 
     async def _ask(self, channel: Channel, position: Position | None) -> None:
         """Let the application decide, then subscribe or refuse."""
         assert self.id is not None
+        asked_at = time.time()
         try:
             decision = await self._shared.authorizer.ask(channel, self.id, self.user, self.handshake)
             if not decision.is_allowed or (decision.user is not None and self.user not in (None, decision.user)):
                 raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
             if decision.user is not None and self._app_user is None:
-                self._take_app_user(decision.user, decision.info)
-            self._listen(channel, position)
+                await self._take_app_user(decision.user, decision.info, asked_at)
+            if asked_at <= self._revoked.get(channel, -math.inf):
+                raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+            if self.send_queue.closed is None:
+                self._allowed[channel] = _Allowed(False, asked_at)
+                self._listen(channel, position)
         except BrokerUnavailable as error:
             log.warning("%s: %s", channel, error)
             message = "the application could not be asked; try again in a few seconds"
@@ -431,24 +470,45 @@ class Connection:
         if not task.cancelled() and task.exception() is not None:
             log.error("asking about %s failed by a fault of the server", channel, exc_info=task.exception())
 
-    def _take_app_user(self, user: str, info: object) -> None:
-        """Be who the application says; from now on the user's own channel arrives too."""
+    async def _take_app_user(self, user: str, info: object, asked_at: float) -> None:
+        """Be who the application says; from now on the user's own channel arrives too.
+
+        Raises:
+            BrokerUnavailable: it cannot be known now whether the application ended that meanwhile.
+        """
         was_nobody = self.user is None
-        self._app_user, self._app_info = user, info
-        if was_nobody:
+        self._app_user, self._app_info, self._app_user_at = user, info, asked_at
+        try:
+            await self._shared.control.look_up(self)
+        except BrokerUnavailable:
+            self._app_user, self._app_info = None, None
+            raise
+        if was_nobody and self.send_queue.closed is None:
             self._listen_to_user(user)
+
+    def _keep_user_position(self, channel: Channel | str, position_text: str | None) -> None:
+        self._user_positions.clear()
+        if position_text is not None:
+            self._user_positions[channel] = _position(channel, position_text)
+
+    def _on_own_settled(self, followed: "asyncio.Future[bool]") -> None:
+        """End a connection whose own channel the broker does not deliver: what is sent to it would be missed."""
+        if not followed.cancelled() and not followed.result():
+            self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
 
     def _may_listen(self, channel: Channel) -> bool:
         if not is_protected(channel) and self._shared.is_public(channel):
             return True
         grant = self._grant
-        if grant is None or grant.expires_at <= time.time() or grant.issued_at <= self._revoked.get(channel, 0.0):
+        if grant is None or grant.expires_at <= time.time() or grant.issued_at <= self._revoked.get(channel, -math.inf):
             return False
         return compile_patterns(grant.channels)(channel)
 
     def _forget_refused(self) -> None:
         for channel in [name for name, subscription in self._subscriptions.items() if not subscription.is_open]:
             del self._subscriptions[channel]
+        for channel in [name for name in self._allowed if name not in self._subscriptions]:
+            del self._allowed[channel]
 
     def _unsubscribe(self, name: str) -> None:
         asking = self._asking.pop(Channel(name), None)
@@ -459,6 +519,7 @@ class Connection:
         subscription = self._subscriptions.pop(Channel(name), None)
         if subscription is None or not subscription.is_open:
             raise FrameError(ErrorCode.NOT_SUBSCRIBED, "this connection does not listen to it", channel=name[:200])
+        self._shared.presence.leave(subscription)
         self._shared.hub.unsubscribe(subscription)
         self.send_queue.put_nowait(protocol.unsubscribed(name, "client", "as asked"))
 

@@ -1,30 +1,46 @@
 """Carry out what the application says about connections: end them, end their subscriptions.
 
-In:     news on the control channel, from `Publisher.disconnect` and `.unsubscribe`; connections that come and go
+In:     news on the control channel, from `Publisher.disconnect` and `.unsubscribe`, and from other servers where a
+        connection was resumed; connections that come and go
 Out:    the same, on the connections of this process
 Owns:   which connections there are, by identity; one subscription on the control channel
 Never:  relies on having heard every word: what a connection may do is looked up when it begins, and again for all of
-        them when news were missed
+        them when news may have been missed
 
 A connection is entered before its revocations are looked up, so that what is revoked in between reaches it too.
+
+A connection id is open once. Where one is resumed, its server says so on the control channel, which has one order for
+all servers: whoever says it last has the connection. So a server closes its own on another one's word, unless it has
+said its own and not heard it yet, which then comes later.
 """
 
+import asyncio
+import itertools
 import json
 import logging
-from collections.abc import Sequence
+import secrets
+from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from pubsub_mw.broker.interface import AsyncBroker
-from pubsub_mw.errors import BrokerUnavailable
+from pubsub_mw.drafts import build_answer_draft
+from pubsub_mw.errors import BrokerUnavailable, CloseCode
 from pubsub_mw.model import CONTROL_CHANNEL, ConnectionId
+from pubsub_mw.protocol import head_of
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 
-__all__ = ["Control", "Controlled"]
+__all__ = ["Control", "Controlled", "close_unsettled"]
 
 log = logging.getLogger("pubsub_mw")
+
+_LOOK_UP_BATCH = 500
+"""Connections looked up in one round trip."""
+_RETRY_SECONDS = 0.5
+"""Until the broker is asked again when it did not answer."""
 
 
 class Controlled(Protocol):
@@ -46,6 +62,10 @@ class Control:
         self._hub = hub
         self._settings = settings
         self._connections: dict[Controlled, None] = {}
+        self._server = secrets.token_urlsafe(12)
+        self._claims: dict[ConnectionId, int] = {}  # said to be resumed here, and not heard yet
+        self._numbers = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def enter(self, connection: Controlled) -> None:
         """Let news reach a connection. Before its revocations are looked up."""
@@ -55,45 +75,93 @@ class Control:
         """Forget a connection. Idempotent."""
         self._connections.pop(connection, None)
 
-    async def look_up(self, connection: Controlled) -> None:
-        """Apply to a connection what was revoked before it came.
+    async def look_up(self, *connections: Controlled) -> None:
+        """Apply to connections what was revoked before they came.
 
         Raises:
             BrokerUnavailable: it cannot be known now.
         """
-        if connection.identities:
-            identities = connection.identities
-            for identity, revoked in zip(identities, await self._broker.revoked(identities), strict=True):
+        named = [(connection, identity) for connection in connections for identity in connection.identities]
+        if named:
+            found = await self._broker.revoked([identity for _, identity in named])
+            for (connection, identity), revoked in zip(named, found, strict=True):
                 for subject, at in revoked.items():
                     connection.revoke(identity, subject, at)
+
+    def claim(self, connection: ConnectionId) -> None:
+        """Tell the other servers that a connection was resumed here, so that they close theirs of that id."""
+        number = self._claims[connection] = next(self._numbers)
+        self._spawn(self._say(connection, number))
 
     async def run(self) -> NoReturn:
         """Follow the control channel, for ever."""
         while True:
             queue = SendQueue(self._settings.send_queue_bytes, self._settings.send_queue_bytes // 4)
-            name = ConnectionId("control")
-            subscription = Subscription(CONTROL_CHANNEL, name, queue, None, is_announced=False)
+            settled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            settled.add_done_callback(partial(close_unsettled, queue))
+            subscription = Subscription(CONTROL_CHANNEL, ConnectionId("control"), queue, None, settled=settled)
             self._hub.subscribe(subscription)
             try:
                 while frame := await queue.take():
                     await self._take(json.loads(frame))
             finally:
                 self._hub.unsubscribe(subscription)
-            log.error("the control channel was faster than this server; looking up all connections")
-            await self._look_up_all()
+            log.error("the control channel is not followed (%s); beginning again", queue.closed)
 
     async def _take(self, news: dict[str, Any]) -> None:
         if news["type"] == "control":
             for connection in list(self._connections):
                 if news["identity"] in connection.identities:
                     connection.revoke(news["identity"], news["subject"], news["at"])
+        elif news["type"] == "resumed":
+            self._hear(ConnectionId(news["connection"]), news["server"], news["number"])
         elif news["type"] in ("gap", "subscribed"):
+            self._claims.clear()
             await self._look_up_all()
 
     async def _look_up_all(self) -> None:
-        for connection in list(self._connections):
+        connections = list(self._connections)
+        while connections:
             try:
-                await self.look_up(connection)
+                await self.look_up(*connections[:_LOOK_UP_BATCH])
             except BrokerUnavailable as error:
-                log.warning("revocations not looked up, the next news or connect will: %s", error)
-                return
+                log.warning("revocations not looked up yet: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                del connections[:_LOOK_UP_BATCH]
+
+    # Who has a connection.
+
+    async def _say(self, connection: ConnectionId, number: int) -> None:
+        news = head_of({"type": "resumed", "connection": connection, "server": self._server, "number": number})
+        try:
+            await self._broker.publish([build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")])
+        except BrokerUnavailable as error:
+            log.warning("another server may still hold connection %s: %s", connection, error)
+            self._forget_claim(connection, number)
+
+    def _hear(self, connection: ConnectionId, server: str, number: int) -> None:
+        if server == self._server:
+            self._forget_claim(connection, number)
+        elif connection not in self._claims:
+            self._hub.replace(connection)
+
+    def _forget_claim(self, connection: ConnectionId, number: int) -> None:
+        if self._claims.get(connection) == number:
+            del self._claims[connection]
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a claim was lost by a fault of the server", exc_info=task.exception())
+
+
+def close_unsettled(queue: SendQueue, settled: "asyncio.Future[bool]") -> None:
+    """End the wait for news of a subscription that the hub has given up."""
+    if not settled.cancelled() and not settled.result():
+        queue.close(CloseCode.BROKER_UNAVAILABLE, "the broker does not answer")

@@ -18,11 +18,12 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from pubsub_mw import protocol
 from pubsub_mw.broker.interface import AsyncBroker
+from pubsub_mw.broker.presence import Notice
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
 from pubsub_mw.realtime.send_queue import SendQueue
@@ -73,6 +74,8 @@ class Hub:
         self._subscriber = broker.subscriber(self)
         self._wanted: dict[_Channel, None] = {}
         self._work = asyncio.Event()
+        self.on_presence: Callable[[str, Notice | None], None] = lambda _channel, _notice: None
+        """Told of each notice, and of None when a channel's notices may have been missed."""
         self.gaps_told = 0
         self.publications_delivered = 0
 
@@ -97,6 +100,12 @@ class Hub:
         """Register a connection. One with the same id, if still open, is closed: this one took over."""
         older = self._connections.get(connection)
         self._connections[connection] = send_queue
+        if older is not None:
+            older.close(CloseCode.REPLACED, "this connection was resumed elsewhere")
+
+    def replace(self, connection: ConnectionId) -> None:
+        """Close a connection that was resumed on another server; nothing if it is not here."""
+        older = self._connections.get(connection)
         if older is not None:
             older.close(CloseCode.REPLACED, "this connection was resumed elsewhere")
 
@@ -146,10 +155,14 @@ class Hub:
         if found.track is not None and not found.is_stale:
             self._offer(found, found.track, publication)
 
+    def on_notice(self, channel: str, notice: Notice) -> None:
+        self.on_presence(channel, notice)
+
     def on_subscribed(self, channel: str) -> None:
         found = self._channels.get(channel)
         if found is None:
             return
+        self.on_presence(channel, None)
         found.is_confirmed = True
         found.doubts += 1
         if found.track is None and all(subscription.is_fresh for subscription in found.waiting):
@@ -205,10 +218,12 @@ class Hub:
         if not subscription.has_begun:
             subscription.has_begun = True
             if subscription.is_announced or recovered is False:
-                frame = protocol.subscribed(subscription.channel, position, recovered)
+                members = subscription.on_begin() if subscription.on_begin is not None else None
+                frame = protocol.subscribed(subscription.channel, position, recovered, members)
                 subscription.send_queue.put_nowait(frame)
 
     def _tell_gap(self, subscription: Subscription, position: Position, reason: GapReason) -> None:
+        subscription.since = position
         self.gaps_told += 1
         frame = protocol.gap(subscription.channel, position, reason)
         subscription.send_queue.put_nowait(frame)
@@ -361,6 +376,8 @@ class Hub:
         if outcome.lost is not None and not channel.is_stale and not _is_behind(track.position, subscription.position):
             # Newer publications are on their way to the track: to begin ahead of it could miss one that is not kept.
             position = track.position
+        if outcome.lost is not None:
+            subscription.since = position
         if not subscription.has_begun:
             start = subscription.position
             if start.is_start:

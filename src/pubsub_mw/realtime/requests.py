@@ -56,7 +56,7 @@ _NEVER = re.compile(
 """Not even `request_headers` lets these through: they say what only the handshake or a proxy can know."""
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^`|~-]+\Z")  # RFC 9110 5.6.2, without the underscore
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_QUERY = re.compile(r"[!-~]*\Z")
+_QUERY = re.compile(r"[!-\"$-~]*\Z")
 
 
 class RequestCheck:
@@ -139,18 +139,18 @@ class RequestGate(RequestCheck):
 
 
 def _normal(raw: str) -> str | None:
-    """Return the decoded path, or None if two programs could read it differently."""
-    if not raw.startswith("/") or "//" in raw or "\\" in raw or "#" in raw or not raw.isascii() or len(raw) > 8_000:
+    """Return the decoded path, or None if two programs could read it differently, also one that decodes it twice."""
+    if not raw.startswith("/") or "//" in raw or "#" in raw or not raw.isascii() or len(raw) > 8_000:
         return None
-    if re.search(r"%(?![0-9A-Fa-f]{2})|%2[fF]|%5[cC]|%00|[\x00-\x20\x7f]", raw):
+    if re.search(r"%(?![0-9A-Fa-f]{2})|[\x00-\x20\x7f]", raw):
         return None
     try:
         path = unquote_to_bytes(raw).decode()
     except UnicodeDecodeError:
         return None
-    if _CONTROLS.search(path) or any(segment in (".", "..") for segment in path.split("/")):
+    if raw.count("/") != path.count("/") or re.search(r"(?i)[\x00-\x1f\x7f\\]|%(?:2e|2f|5c|0|1)", path):
         return None
-    return path
+    return None if any(segment in (".", "..") for segment in path.split("/")) else path
 
 
 class Requests:
@@ -160,7 +160,7 @@ class Requests:
         gate: of this process
         connection: its id
         handshake: cookies and more for each request
-        send_queue: for refusals
+        send_queue: for refusals, and for answers that are sent again
         own: the subscription on the connection's own channel
     """
 
@@ -171,14 +171,12 @@ class Requests:
         handshake: Handshake,
         send_queue: SendQueue,
         own: Subscription,
-        since: Position | None,
     ) -> None:
         self._gate = gate
         self._connection = connection
         self._handshake = handshake
         self._send_queue = send_queue
         self._own = own
-        self._since = since  # what the client had received on its own channel when it came
         self._backlog: deque[Request] = deque()
         self._in_flight: dict[str, asyncio.TimerHandle | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -261,14 +259,8 @@ class Requests:
             self._in_flight[request.id] = loop.call_later(delay, lambda: self._spawn(self._time_out(request)))
 
     async def _answer_again(self, request: Request, position: Position) -> None:
-        """Send the answer of a request that was answered before, unless recovery has just brought it."""
-        joined, since = self._own.joined_at, self._since
-        is_in_recovery = (
-            since is not None
-            and (joined is None or position.offset <= joined.offset)
-            and (since.is_start or (since.epoch == position.epoch and position.offset > since.offset))
-        )
-        offset, is_complete = position.offset - 1, False
+        """Send the answer of a request that was answered before, unless recovery brings it, or the rest of it."""
+        offset, parts, is_complete = position.offset - 1, list[Publication](), False
         while not is_complete:
             (page,) = await self._gate.broker.read(
                 [(request.reply_to, offset)], page_bytes=self._gate.settings.recovery_page_bytes
@@ -276,22 +268,29 @@ class Requests:
             if isinstance(page, Exception):
                 self._refuse(ErrorCode.UNAVAILABLE, "its answer could not be read; send it again", request.id)
                 return
-            parts = [item for item in page.publications if item.reply[1:] == request.id]
-            if offset == position.offset - 1 and (not parts or parts[0].position != position):
+            parts += [item for item in page.publications if item.reply[1:] == request.id]
+            if not parts or parts[0].position != position:
                 self._refuse(ErrorCode.EXPIRED, "it was answered, and the answer is no longer kept", request.id)
                 return
-            if not is_in_recovery:
-                self._send(parts)
-            is_complete = any(part.reply[0] == "." for part in parts)
+            is_complete = parts[-1].reply[0] == "."
             if page.is_complete:
                 break
             offset = page.publications[-1].position.offset
-        if is_complete:
+        if is_complete and request.id in self._in_flight:
+            if not self._is_told(position, parts[-1].position):
+                for part in parts:
+                    self._send_queue.put_recovered_nowait(part.frame)
             self._finish(request.id)
 
-    def _send(self, parts: list[Publication]) -> None:
-        for part in parts:
-            self._send_queue.put_recovered_nowait(part.frame)
+    def _is_told(self, begin: Position, end: Position) -> bool:
+        """Whether a resumed client gets an answer, or had its begin and gets the rest, without being sent it again.
+
+        It gets what comes after `since`; up to `joined_at` from history, which it may be about to read.
+        """
+        since, joined = self._own.since, self._own.joined_at
+        if since is None or not (since.is_start or since.epoch == end.epoch):
+            return False
+        return end.offset > since.offset and (joined is None or begin.offset <= joined.offset)
 
     async def _cancel(self, request_id: str) -> None:
         try:

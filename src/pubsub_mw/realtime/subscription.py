@@ -10,7 +10,7 @@ share: they have all been sent everything up to it, so one comparison per public
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
@@ -127,6 +127,7 @@ class Subscription:
         is_announced: whether `subscribed` is sent when it begins (not for a connection's own channels, unless asked)
         is_fresh: the channel cannot have been published to yet, so there is no history to ask
         on_reply: called with `Publication.reply` of each publication that is part of an answer
+        on_begin: called when `subscribed` is sent; returns who is on a presence channel, user -> info
         settled: is set to whether it succeeded, when it is live for the first time or given up
     """
 
@@ -139,11 +140,13 @@ class Subscription:
         "is_held",
         "is_open",
         "joined_at",
+        "on_begin",
         "on_reply",
         "position",
         "registered_at",
         "send_queue",
         "settled",
+        "since",
     )
 
     def __init__(
@@ -166,6 +169,8 @@ class Subscription:
         self.is_fresh = is_fresh
         self.settled = settled
         self.on_reply = on_reply
+        self.on_begin: Callable[[], Mapping[str, bytes]] | None = None
+        self.since = position  # everything after it is told; moves where continuity was lost
         self.joined_at: Position | None = None  # where it became live for the first time: up to there history told
         self.has_begun = False
         self.is_open = True

@@ -1,73 +1,45 @@
 /**
  * Keep a page connected, and what it hears of each channel complete and in order.
  *
- * In:     callbacks from the page; frames from the server, through one transport
- * Out:    each publication to each callback, in offset order; gaps, errors, changes of state
+ * In:     callbacks and requests from the page; frames from the server, through one transport
+ * Out:    each publication to each callback, in offset order; an answer to each request; gaps, errors, states
  * Owns:   the positions, the resume token, at most one open transport
  * Never:  moves a position past what was delivered; leaves a gap untold; hears a transport it closed
  */
 
 const BACKOFF_BASE_SECONDS = 0.5;
 const BACKOFF_CAP_SECONDS = 20;
-const CONNECT_TIMEOUT_SECONDS = 15; // of one attempt, from asking for the grant to `connected`
-const PING_TIMEOUT_SECONDS = 8; // a link is dead when nothing came for `ping` + this
+const CONNECT_TIMEOUT_SECONDS = 15; // of one attempt, grant included
+const PING_TIMEOUT_SECONDS = 8; // beyond `ping`: then the link is dead
 const GRANT_EXPIRED = 3501;
 
-/**
- * @typedef {"connecting" | "connected" | "waiting" | "closed"} State
- * @typedef {{ channel: string, event: string, data: any, position: string }} Message
- * @typedef {(data: any, message: Message) => void} MessageCallback
- * @typedef {{ channel: string, position: string, recovered: boolean | null }} Subscribed
- *   `recovered`: true: what was missed follows; false: it is lost; null: no position was given
- * @typedef {{ channel: string, position: string | null, reason: string }} Gap publications were lost: refetch
- * @typedef {Error & { code?: string | number, channel?: string }} RealtimeError `code`: an error or close code
- *
- * @typedef {object} Options
- * @property {string | (() => string | null | Promise<string | null>)} [grant] a function is called for each
- *   attempt to connect, and when the grant has expired
- * @property {new (url: string) => WebSocket} [WebSocket]
- *
- * @typedef {object} SubscribeOptions
- * @property {string | null} [position] go on after it; only the first subscription to a channel sets it
- * @property {(frame: Subscribed) => void} [onSubscribed] also after each reconnect
- * @property {(gap: Gap) => void} [onGap]
- * @property {(error: RealtimeError) => void} [onError] refused, or ended by the server
- *
- * @typedef {object} Events
- * @property {(state: State) => void} state
- * @property {(gap: Gap) => void} gap
- * @property {(error: RealtimeError) => void} error
- * @property {MessageCallback} private what came for this connection or user alone
- *
- * @typedef {ReturnType<typeof connect>} Realtime
- */
+/** @import { Events, MessageCallback, Options, Realtime, State, SubscribeOptions } from "./client.d.ts" */
 
 /**
- * The delay before a reconnect, in seconds: full jitter, so that many clients spread out.
- *
- * @param {number} attempt 0 for the first
- * @param {number} random 0 <= random < 1
+ * @param {number} attempt
+ * @param {number} random
  */
 export function backoff(attempt, random) {
   return random * Math.min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2 ** attempt);
 }
 
-/** @param {number} code a close code, whose range says whether a client reconnects */
+/** @param {number} code */
 export function mayReconnect(code) {
   return !((code >= 3500 && code < 4000) || (code >= 4500 && code < 5000));
 }
 
-/** @param {string} [path] by default the folder that this module came from */
+const pageUrl = () => globalThis.document?.baseURI ?? globalThis.location?.href;
+
+/** @param {string} [path] default: the folder of this module */
 function endpoint(path) {
-  const page = globalThis.document?.baseURI ?? globalThis.location?.href;
-  const url = new URL(path ?? new URL(".", import.meta.url), page);
+  const url = new URL(path ?? new URL(".", import.meta.url), pageUrl());
   url.protocol = url.protocol.replace("http", "ws");
   url.pathname = url.pathname.replace(/\/*$/, "/");
   return url.href;
 }
 
 /**
- * A transport carries whole frames and tells how it ended. After `close()` it calls nothing any more.
+ * After `close()` a transport calls nothing.
  *
  * @param {new (url: string) => WebSocket} WebSocket
  * @param {string} url
@@ -86,6 +58,45 @@ function openWebSocket(WebSocket, url, { onOpen, onFrame, onEnd }) {
       socket.close();
     },
   };
+}
+
+/**
+ * @param {string} id
+ * @param {Request} request
+ * @param {number} maxBytes
+ */
+async function encodeRequest(id, request, maxBytes) {
+  const { method, url, headers } = request;
+  const { pathname, search } = new URL(url);
+  const token = /(?:^|; )csrftoken=([^;]+)/.exec(globalThis.document?.cookie)?.[1]; // Django's names
+  if (token && /^[PD]/.test(method) && !headers.has("x-csrftoken")) headers.set("x-csrftoken", token);
+  const body = encodeBody(new Uint8Array(await request.arrayBuffer()));
+  const path = pathname + search;
+  const frame = { type: "request", id, method, path, headers: Object.fromEntries(headers), ...body };
+  if (new Blob([JSON.stringify(frame)]).size <= maxBytes) return frame;
+  throw failure("too_large", "over maxFrameBytes: use window.fetch");
+}
+
+/** @param {Uint8Array} bytes */
+function encodeBody(bytes) {
+  try {
+    return { body: new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes) };
+  } catch {
+    return { body: btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), "")), encoding: "base64" };
+  }
+}
+
+/** @param {{ body: string, encoding?: "base64" }} frame */
+function decodeBody({ body, encoding }) {
+  return encoding ? Uint8Array.from(atob(body), (byte) => byte.charCodeAt(0)) : new TextEncoder().encode(body);
+}
+
+/**
+ * @param {string} code
+ * @param {string} message
+ */
+function failure(code, message) {
+  return Object.assign(new TypeError(message), { code });
 }
 
 /** @param {unknown} error */
@@ -111,15 +122,14 @@ function each(items, visit) {
 }
 
 /**
- * Connect, and stay connected until `close()` or until the server says that trying again is no use.
- *
- * @param {string | Options} [url] where the endpoint is mounted, if not in the folder of this module
+ * @param {string | Options} [url]
  * @param {Options} [options]
+ * @returns {Realtime}
  */
 export function connect(url, options = {}) {
   if (typeof url === "object") [url, options] = [undefined, url];
   const address = endpoint(url);
-  const { grant, WebSocket = globalThis.WebSocket } = options;
+  const { grant, WebSocket = globalThis.WebSocket, maxPending = 64, maxFrameBytes = 65536 } = options;
 
   /**
    * @typedef {SubscribeOptions & { callback: MessageCallback }} Listener
@@ -128,32 +138,41 @@ export function connect(url, options = {}) {
   /** @type {Map<string, Channel>} what the page wants */
   const channels = new Map();
   /**
-   * What the server was asked for: to subscribe for `channel` (whose listeners may all have left since), or, where
-   * that is missing, to unsubscribe. No second command of a channel is sent before the first is answered.
+   * What the server was asked: to subscribe for `channel`, or, without one, to unsubscribe. A channel's next command
+   * waits for the answer.
    *
    * @type {Map<string, { channel?: Channel, subscribed?: boolean }>}
    */
   const asked = new Map();
-  /** @type {Map<string, string | null>} positions of the channels that the server itself subscribes */
+  /** @type {Map<string, string | null>} positions of what the server itself subscribes */
   const own = new Map();
   /** @type {Set<Listener>} */
   const ownListeners = new Set([
     { callback: (...message) => each(callbacks.private, (callback) => callback(...message)) },
   ]);
+  /**
+   * `sentIn`: a generation; 0: never; -1: to be sent again.
+   *
+   * @typedef {{ id: string, request: Request, frame?: object, sentIn: number, resolve: Function, reject: Function,
+   *   controller?: ReadableStreamDefaultController }} Pending
+   */
+  /** @type {Map<string, Pending>} unanswered, by id, in order */
+  const requests = new Map();
   /** @type {{ [Name in keyof Events]: Set<Events[Name]> }} */
   const callbacks = { state: new Set(), gap: new Set(), error: new Set(), private: new Set() };
   const stop = new AbortController();
 
   let resume = /** @type {string | undefined} */ (undefined);
   let transport = /** @type {ReturnType<typeof openWebSocket> | undefined} */ (undefined);
-  let generation = 0; // of the transport: what was awaited for an older one is dropped
+  let generation = 0; // of the transport
   let attempt = 0;
-  let isRenewing = false; // a second `grant_expired` at once means that the function has no fresh grant
+  let isRenewing = false; // `grant_expired` again: the function has no fresh grant
   let timer = 0; // until the next attempt, or until a silent link is dead
   let deadAt = 0;
   let pingSeconds = 0;
-  let resubscribeAttempt = 0;
-  let resubscribeTimer = 0;
+  let settleAttempt = 0;
+  let settleTimer = 0; // until what was unavailable is asked for again
+  let requestCount = 0;
 
   function open() {
     drop();
@@ -170,7 +189,7 @@ export function connect(url, options = {}) {
     transport = undefined;
     asked.clear();
     clearTimeout(timer);
-    clearTimeout(resubscribeTimer);
+    clearTimeout(settleTimer);
   }
 
   function reconnect(retrySeconds = 0) {
@@ -185,6 +204,7 @@ export function connect(url, options = {}) {
    * @param {number | null} [retrySeconds] null: never
    */
   function end(code, message, retrySeconds) {
+    if (code === 1009) abandon(message); // too big: never send it again
     const renewable = code === GRANT_EXPIRED && typeof grant === "function";
     if (renewable || (mayReconnect(code) && retrySeconds !== null)) return reconnect(retrySeconds ?? 0);
     realtime.close();
@@ -209,7 +229,7 @@ export function connect(url, options = {}) {
   async function withGrant(use) {
     const current = generation;
     try {
-      await null; // so that a first error, too, finds the page listening
+      await null; // so that the page hears a first error, too
       const text = typeof grant === "function" ? await grant() : grant;
       if (current === generation) use(text ?? undefined);
     } catch (error) {
@@ -246,6 +266,7 @@ export function connect(url, options = {}) {
 
     connected({ connection, user, resume: token }) {
       const before = realtime.connection;
+      if (before !== connection) abandon("the connection was lost");
       resume = token;
       realtime.connection = connection;
       realtime.user = user;
@@ -258,7 +279,7 @@ export function connect(url, options = {}) {
 
     subscribed(frame) {
       const name = frame.channel;
-      resubscribeAttempt = 0;
+      settleAttempt = 0;
       const held = asked.get(name);
       if (held) held.subscribed = true;
       settle(name);
@@ -279,9 +300,41 @@ export function connect(url, options = {}) {
       else refuse({ ...frame, message: frame.reason });
     },
 
+    response(frame) {
+      pushes.response_start(frame);
+      pushes.response_chunk(frame);
+      pushes.response_end(frame);
+    },
+
+    response_start(frame) {
+      const pending = answered(frame);
+      if (!pending || pending.controller) return;
+      const body = new ReadableStream({
+        start: (controller) => void (pending.controller = controller),
+        cancel: () => cancel(pending, "cancelled"),
+      });
+      pending.resolve({ ...frame, body });
+    },
+
+    response_chunk(frame) {
+      const pending = answered(frame);
+      if (frame.body) pending?.controller?.enqueue(decodeBody(frame));
+    },
+
+    response_end(frame) {
+      const pending = answered(frame);
+      if (pending) finish(pending, frame.error && failure("broken_off", frame.error));
+    },
+
     error(frame) {
-      if (frame.code === "not_subscribed") retire(frame.channel);
-      else if (frame.channel && !frame.id) refuse(frame);
+      const pending = requests.get(frame.id);
+      if (pending && frame.code === "unavailable") {
+        pending.sentIn = -1;
+        settleLater();
+      } else if (pending) finish(pending, failure(frame.code, frame.message));
+      else if (frame.id) return; // cancelled
+      else if (frame.code === "not_subscribed") retire(frame.channel);
+      else if (frame.channel) refuse(frame);
       else if (frame.code === "grant_expired" && typeof grant === "function" && !isRenewing) {
         isRenewing = true;
         withGrant((grant) => transport?.send({ type: "grant", grant }));
@@ -289,7 +342,7 @@ export function connect(url, options = {}) {
     },
   };
 
-  /** @param {any} frame Take its position. Returns those whom it is for. */
+  /** @param {any} frame Take its position. Returns its listeners. */
   function advance({ channel: name, position }) {
     if (name.startsWith("#")) {
       own.set(name, position);
@@ -301,7 +354,7 @@ export function connect(url, options = {}) {
     return channel.listeners;
   }
 
-  /** @param {string} before a connection that was not resumed, so that what came for it meanwhile is lost */
+  /** @param {string} before not resumed: what came for it meanwhile is lost */
   function forget(before) {
     own.set(`#connection-${before}`, null);
     for (const channel of own.keys()) {
@@ -311,11 +364,12 @@ export function connect(url, options = {}) {
   }
 
   /**
-   * @param {{ channel: string, position: string | null, reason?: string }} frame
+   * @param {any} frame
    * @param {Set<Listener>} listeners
    */
   function lose({ channel, position, reason = "unrecovered" }, listeners) {
     const gap = { channel, position, reason };
+    if (channel === `#connection-${realtime.connection}`) abandon(reason);
     each(listeners, (listener) => listener.onGap?.(gap));
     if (listeners.size) each(callbacks.gap, (callback) => callback(gap));
   }
@@ -332,7 +386,7 @@ export function connect(url, options = {}) {
     if (!callbacks.error.size && ![...listeners].some((listener) => listener.onError)) report(error);
   }
 
-  /** @param {string} name Ask the server for what it lacks to be what the page wants. */
+  /** @param {string} name Ask the server for what it lacks. */
   function settle(name) {
     const channel = channels.get(name);
     const held = asked.get(name);
@@ -347,8 +401,59 @@ export function connect(url, options = {}) {
   }
 
   function settleAll() {
-    resubscribeTimer = 0;
+    settleTimer = 0;
     for (const name of channels.keys()) settle(name);
+    sendRequests();
+  }
+
+  function settleLater() {
+    settleTimer ||= setTimeout(settleAll, 1000 * backoff(settleAttempt++, Math.random()));
+  }
+
+  function sendRequests() {
+    if (realtime.state !== "connected" || settleTimer) return;
+    for (const pending of requests.values()) {
+      if (!pending.frame) return; // to keep the order
+      if (pending.controller || pending.sentIn === generation) continue;
+      pending.sentIn = generation;
+      transport?.send(pending.frame);
+    }
+  }
+
+  /** @param {any} frame Take its position. Returns its request. */
+  function answered({ id, position }) {
+    attempt = settleAttempt = 0;
+    own.set(`#connection-${realtime.connection}`, position);
+    return requests.get(id);
+  }
+
+  /**
+   * @param {Pending} pending
+   * @param {unknown} [error]
+   */
+  function finish(pending, error) {
+    requests.delete(pending.id);
+    pending.reject(error);
+    if (error) pending.controller?.error(error);
+    else pending.controller?.close();
+  }
+
+  /**
+   * @param {Pending} pending
+   * @param {unknown} reason
+   */
+  function cancel(pending, reason) {
+    if (!requests.has(pending.id)) return;
+    if (realtime.state === "connected" && pending.sentIn) transport?.send({ type: "cancel", id: pending.id });
+    finish(pending, reason);
+  }
+
+  /** @param {string} message Give up what was sent; when closed, all. */
+  function abandon(message) {
+    for (const pending of requests.values()) {
+      const code = pending.sentIn ? "connection_lost" : "not_connected";
+      if (pending.sentIn || realtime.state === "closed") finish(pending, failure(code, message));
+    }
   }
 
   /** @param {string} name */
@@ -363,9 +468,8 @@ export function connect(url, options = {}) {
     const channel = asked.get(name)?.channel;
     if (!channel) return;
     asked.delete(name);
-    if (frame.code === "unavailable") {
-      resubscribeTimer ||= setTimeout(settleAll, 1000 * backoff(resubscribeAttempt++, Math.random()));
-    } else if (channel === channels.get(name)) {
+    if (frame.code === "unavailable") settleLater();
+    else if (channel === channels.get(name)) {
       channels.delete(name);
       fail(frame, channel.listeners);
     } else settle(name);
@@ -382,19 +486,12 @@ export function connect(url, options = {}) {
     settle(name);
   }
 
+  /** @type {{ -readonly [Name in keyof Realtime]: Realtime[Name] }} */
   const realtime = {
-    state: /** @type {State} */ ("connecting"),
-    /** The connection's id, from the first `connected` on. */
-    connection: /** @type {string | null} */ (null),
-    user: /** @type {string | null} */ (null),
+    state: "connecting",
+    connection: null,
+    user: null,
 
-    /**
-     * Listen to a channel, over all reconnects, until unsubscribed or refused.
-     *
-     * @param {string} name
-     * @param {MessageCallback} callback
-     * @param {SubscribeOptions} [options]
-     */
     subscribe(name, callback, options = {}) {
       if (typeof callback !== "function") throw new TypeError("the callback is not a function");
       /** @type {Channel} */
@@ -412,43 +509,55 @@ export function connect(url, options = {}) {
       }
     },
 
-    /**
-     * End all subscriptions to a channel, or those with this callback.
-     *
-     * @param {string} name
-     * @param {MessageCallback} [callback]
-     */
     unsubscribe(name, callback) {
       leave(name, (listener) => !callback || listener.callback === callback);
     },
 
-    /**
-     * Returns a function that takes the callback off again.
-     *
-     * @template {keyof Events} Name
-     * @param {Name} name
-     * @param {Events[Name]} callback
-     */
     on(name, callback) {
       callbacks[name].add(callback);
       return () => void callbacks[name].delete(callback);
+    },
+
+    async fetch(input, { json, keepalive, ...init } = {}) {
+      if (json !== undefined) {
+        init = { method: "POST", ...init, body: new Blob([JSON.stringify(json)], { type: "application/json" }) };
+      }
+      const { origin } = new URL(address.replace("ws", "http"));
+      const request = new Request(input instanceof Request ? input : new URL(input, pageUrl() ?? origin), init);
+      if (new URL(request.url).origin !== origin) throw new TypeError("another origin: use window.fetch");
+      request.signal.throwIfAborted();
+      const limit = keepalive === false || realtime.state === "closed" ? 0 : maxPending;
+      if (realtime.state !== "connected" && requests.size >= limit) throw failure("not_connected", "not connected");
+      const id = String(++requestCount);
+      const { body, ...head } = await new Promise((resolve, reject) => {
+        /** @type {Pending} */
+        const pending = { id, request, sentIn: 0, resolve, reject };
+        requests.set(id, pending);
+        request.signal.onabort = () => cancel(pending, request.signal.reason);
+        encodeRequest(id, request, maxFrameBytes)
+          .then((frame) => (pending.frame = frame))
+          .catch((error) => finish(pending, error))
+          .then(sendRequests);
+      });
+      return new Response([204, 205, 304].includes(head.status) ? null : body, head);
     },
 
     close() {
       drop();
       stop.abort();
       become("closed");
+      abandon("closed");
     },
   };
 
   for (const type of ["online", "visibilitychange"]) {
     const wake = () => {
       if (type !== "online" && document.hidden) return;
-      // The clock tells more than the timers, which stand still while a machine sleeps.
+      // Timers stand still while a machine sleeps.
       if (realtime.state === "waiting" || Date.now() > deadAt) open();
     };
     globalThis.addEventListener?.(type, wake, { signal: stop.signal });
   }
   open();
-  return /** @type {Readonly<typeof realtime>} */ (realtime);
+  return realtime;
 }

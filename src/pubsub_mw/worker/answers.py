@@ -7,7 +7,8 @@ Never:  lets Set-Cookie, or any header that is not listed, near a script or into
 
 An answer that is short and complete is one `response`. Otherwise it is `response_start`, a `response_chunk` per chunk
 of the application, `response_end`. The keys count chunks, so a view that is run again after its worker died goes on
-where the first run broke off, as far as it says the same again.
+where the first run broke off, as far as it says the same again. A short answer to a request whose first run had begun
+to stream goes out in parts too: the client waits for their end.
 """
 
 import logging
@@ -34,16 +35,22 @@ _CHUNK_BYTES = 1 << 16
 
 
 class Answer:
-    """One request's answer while it is made."""
+    """One request's answer while it is made.
 
-    def __init__(self, request: Request, settings: Settings) -> None:
+    Args:
+        request: what it answers
+        settings: of the worker
+        has_begun: an earlier run has published the begin of an answer
+    """
+
+    def __init__(self, request: Request, settings: Settings, *, has_begun: bool = False) -> None:
         self.request = request
         self._settings = settings
         self.status = 500
         self.headers: dict[str, str] = {}
         self._held: bytes | None = None  # the first chunk, while it may still be the only one
         self._parts = 0
-        self.is_started = False
+        self.is_started = has_begun
         self.is_complete = False
 
     def head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
@@ -64,11 +71,18 @@ class Answer:
 
     def whole(self, body: bytes) -> list[Draft]:
         """Finish with `body`, all of it."""
-        if len(body) <= _CHUNK_BYTES:
-            self.is_complete = True
+        if not self.is_started and len(body) <= _CHUNK_BYTES:
             head = protocol.response_head(self.request.id, self.status, self.headers, body)
+            self.is_complete = True
             return [self._draft(head, answer_key(self.request.id), ".")]
         return [*self.start(), *self.chunk(body), *self.end(None)]
+
+    def refuse(self, status: int, reason: str) -> list[Draft]:
+        """Finish in the place of the application; an answer that has begun can only be broken off."""
+        if self.is_started:
+            return self.end(reason)
+        self.head(status, [("content-type", "text/plain; charset=utf-8")])
+        return self.whole(f"{reason}\n".encode())
 
     def chunk(self, body: bytes) -> list[Draft]:
         """Take a chunk. The first one is held until the next, the end, or `start`."""
@@ -86,9 +100,9 @@ class Answer:
         """Begin to answer in parts, with what is held."""
         if self.is_started or self.is_complete:
             return []
+        head = protocol.response_start_head(self.request.id, self.status, self.headers)
         self.is_started = True
         held, self._held = self._held, None
-        head = protocol.response_start_head(self.request.id, self.status, self.headers)
         drafts = [self._draft(head, answer_key(self.request.id), ">")]
         return drafts + (self.chunk(held) if held else [])
 
@@ -97,10 +111,8 @@ class Answer:
         if self.is_complete:
             return []
         if not self.is_started:
-            if problem is not None:
-                self.status, self.headers = 500, {"content-type": "text/plain; charset=utf-8"}
-                return self.whole(b"Internal Server Error\n")
-            return self.whole(self._held or b"")
+            held, self._held = self._held, None
+            return self.whole(held or b"") if problem is None else self.refuse(500, "Internal Server Error")
         self.is_complete = True
         head = protocol.response_end_head(self.request.id, problem)
         return [self._draft(head, f"e:{self.request.id}", ".")]

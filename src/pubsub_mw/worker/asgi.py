@@ -2,10 +2,10 @@
 
 In:     a scope and a body
 Out:    the head, the chunks and the end of its answer, to a sink
-Owns:   the server's side of ASGI's HTTP messages
+Owns:   the server's side of ASGI's HTTP messages, and of its lifespan where no server takes care of that
 Never:  lets the app outrun what can be published (`pace` is awaited after each chunk)
 
-Source: ASGI spec, "HTTP & WebSocket ASGI Message Format".
+Source: ASGI spec, "HTTP & WebSocket ASGI Message Format" and "Lifespan Protocol".
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any
 
 from pubsub_mw.worker.wsgi import Sink
 
-__all__ = ["ASGIApp", "run_asgi"]
+__all__ = ["ASGIApp", "Lifespan", "run_asgi"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -66,9 +66,57 @@ async def run_asgi(
         await app(scope, receive, send)
         if not is_over:
             raise AssertionError("the app returned before its response was complete")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_over and isinstance(error, OSError):
             return  # our own, out of `send`
         log.exception("%s %s raised", scope["method"], scope["path"])
         if not is_over:
             sink.end("the application failed")
+
+
+class Lifespan:
+    """Tell an ASGI app that it starts and stops.
+
+    Args:
+        app: which may not support that
+        state: what it leaves there is for its requests
+    """
+
+    def __init__(self, app: ASGIApp, state: dict[str, Any]) -> None:
+        self._app = app
+        self._state = state
+        self._to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._from_app: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Return when the app has started.
+
+        Raises:
+            RuntimeError: it said that it cannot.
+        """
+        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self._state}
+        self._task = asyncio.create_task(self._run(scope))
+        await self._ask("lifespan.startup")
+
+    async def stop(self) -> None:
+        """Return when the app has stopped."""
+        await self._ask("lifespan.shutdown")
+
+    async def _ask(self, question: str) -> None:
+        assert self._task is not None
+        if self._task.done():
+            return
+        await self._to_app.put({"type": question})
+        answer = asyncio.create_task(self._from_app.get())
+        await asyncio.wait({self._task, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            answer.cancel()  # the app knows no lifespan
+        elif answer.result()["type"].endswith(".failed"):
+            raise RuntimeError(f"the application failed on {question}: {answer.result().get('message', '')}")
+
+    async def _run(self, scope: dict[str, Any]) -> None:
+        try:
+            await self._app(scope, self._to_app.get, self._from_app.put)
+        except Exception:
+            log.debug("the application knows no lifespan", exc_info=True)

@@ -13,6 +13,7 @@ Source: PEP 3333, "environ Variables"; ASGI spec, "HTTP connection scope". Names
 import sys
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pubsub_mw.model import Request, RequestConnection
 
@@ -55,8 +56,8 @@ def build_environ(request: Request, delivery_count: int) -> "WSGIEnvironment":
     return environ
 
 
-def build_scope(request: Request, delivery_count: int) -> dict[str, Any]:
-    """Return a fresh `http` scope."""
+def build_scope(request: Request, delivery_count: int, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a fresh `http` scope; `state` as the app's lifespan left it."""
     headers = [*_headers(request), ("content-length", str(len(request.body)))]
     return {
         "type": "http",
@@ -65,13 +66,13 @@ def build_scope(request: Request, delivery_count: int) -> dict[str, Any]:
         "method": request.method,
         "scheme": request.handshake.scheme,
         "path": request.path,
-        "raw_path": request.path.encode(),
+        "raw_path": quote(request.path).encode(),
         "query_string": request.query.encode("latin-1"),
         "root_path": "",
         "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers],
         "client": (request.handshake.address, 0) if request.handshake.address else None,
         "server": _server(request),
-        "state": {},
+        "state": state.copy(),
         "pubsub.connection": _connection(request, delivery_count),
     }
 

@@ -1,10 +1,10 @@
-"""Take requests off the queue, run the application on them, publish the answers.
+"""Take requests off the queue and run the application on them.
 
 In:     signed requests from the broker's queue
-Out:    answers on the clients' own channels; acknowledgements, last
+Out:    answers, to the outbox
 Owns:   the threads: one takes, `threads` run the app, one publishes answers, one renews leases and watches the time
-Never:  waits for the broker once per request: what is done meanwhile goes out in one round trip; takes more than it
-        can begin soon, because what waits here another worker could run
+Never:  takes more than it can begin soon, because what waits here another worker could run; runs a request that is
+        past its deadline
 
 A request is run *at least once*: again if its worker died, with `delivery_count` above 1. Whatever is published for
 it carries an idempotency key, so its client sees one answer.
@@ -27,11 +27,12 @@ from pubsub_mw.broker.engines import open_broker
 from pubsub_mw.broker.interface import Taken
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.grants import queue_key
-from pubsub_mw.model import Draft, Request
+from pubsub_mw.model import LIFECYCLE_CHANNEL
 from pubsub_mw.settings import Settings
 from pubsub_mw.worker.answers import Answer
-from pubsub_mw.worker.asgi import ASGIApp, run_asgi
+from pubsub_mw.worker.asgi import ASGIApp, Lifespan, run_asgi
 from pubsub_mw.worker.environ import build_environ, build_scope
+from pubsub_mw.worker.outbox import Job, Outbox
 from pubsub_mw.worker.wsgi import run_wsgi
 
 if TYPE_CHECKING:
@@ -41,16 +42,14 @@ __all__ = ["Worker"]
 
 log = logging.getLogger("pubsub_mw")
 
-_WAIT_SECONDS = 1.0
+_WAIT_SECONDS = 0.25
 """For a request to come; how long `stop` may go unseen."""
 _AHEAD_SECONDS = 0.05
 """How much work is taken ahead of the threads, by the time that requests took lately."""
 _MOST_AHEAD = 64
-_MOST_WAITING_PARTS = 2_048
-"""Parts of answers that wait to be published; an application that is faster waits."""
-_MOST_PER_ROUND_TRIP = 256
-_HOLD_SECONDS = 0.02
-"""For a second chunk or the end to follow the first, before an answer is sent in parts."""
+_FIRST_GUESS_SECONDS = 1.0
+"""How long a request takes, before one was run: nothing is taken ahead then."""
+_PACE_SECONDS = 0.02
 _RETRY_SECONDS = 0.5
 """Until the broker is asked again when it did not answer."""
 _WATCH_SECONDS = 0.25
@@ -61,11 +60,10 @@ class Worker:
     """Run `app` on what clients send.
 
     Args:
-        app: a WSGI or ASGI app, told apart by `is_asgi`
+        app: a WSGI or ASGI app
         url: the broker; None = `PUBSUB_URL`, else `memory://`
         is_asgi: which of the two `app` is
         threads: requests run at once
-        loop: the event loop for an ASGI app; None = one of its own
         settings: any field of `Settings`
 
     Raises:
@@ -79,7 +77,6 @@ class Worker:
         *,
         is_asgi: bool = False,
         threads: int = 4,
-        loop: asyncio.AbstractEventLoop | None = None,
         **settings: Any,
     ) -> None:
         self.settings = Settings.build(url, **settings)
@@ -87,17 +84,18 @@ class Worker:
         self._app = app
         self._is_asgi = is_asgi
         self._threads = threads
-        self._loop = loop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._state: dict[str, Any] = {}
         self._broker = open_broker(self.settings)
         self._queue = self._broker.queue(self.name)
+        self._outbox = Outbox(self._queue, self._forget)
         self._key = b""
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._parts: queue.Queue[tuple[_Job, str, Any] | None] = queue.Queue(_MOST_WAITING_PARTS)
-        self._running: dict[str, _Job] = {}  # taken and not settled, by entry
-        self._room = threading.Condition()
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._running: dict[str, Job] = {}  # taken and not settled, by entry
+        self._room = threading.Condition()  # over `_running`, `_hung` and how far each job is
         self._is_stopping = threading.Event()
-        self._is_settled = threading.Event()
-        self._seconds_per_request = 0.0
+        self._is_closed = threading.Event()
+        self._seconds_per_request = _FIRST_GUESS_SECONDS
         self._hung = 0
         self._fault: BaseException | None = None
 
@@ -105,13 +103,12 @@ class Worker:
         """Take and run requests until `stop`; then finish what runs, and return.
 
         Raises:
-            RuntimeError: every thread hangs in the application; the process should end and be started anew.
+            RuntimeError: it cannot go on: as many views hang as it has threads, or by a fault of its own. The
+                process should end and be started anew.
         """
         self._key = queue_key(self.settings.secret or self._secret())
-        if self._is_asgi and self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="asgi", daemon=True).start()
-        helpers = [threading.Thread(target=self._guard, args=(task,)) for task in (self._publish, self._watch)]
+        lifespan = self._start_loop() if self._is_asgi and self._loop is None else None
+        helpers = [threading.Thread(target=self._guard, args=(task,)) for task in (self._outbox.run, self._watch)]
         for helper in helpers:
             helper.start()
         for _ in range(0 if self._is_asgi else self._threads):
@@ -123,21 +120,27 @@ class Worker:
             self._finish()
         finally:
             self._is_stopping.set()
+            self._is_closed.set()
             for _ in range(self._threads + self._hung):
                 self._inbox.put(None)
-            self._parts.put(None)
-            self._is_settled.set()
+            self._outbox.close()
             for helper in helpers:
                 helper.join()
+            if lifespan is not None:
+                self._stop_loop(lifespan)
+            self._leave()
             self._broker.close()
         if self._fault is not None:
-            raise RuntimeError("the worker failed") from self._fault
-        if self._hung >= self._threads:
-            raise RuntimeError(f"all {self._threads} threads hang in the application")
+            raise RuntimeError("the worker cannot go on; start it anew") from self._fault
 
-    def use_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run an ASGI app on this loop, where its own connections and locks belong. Before `run`."""
-        self._loop = loop
+    def use_loop(self, loop: asyncio.AbstractEventLoop, state: dict[str, Any]) -> None:
+        """Run an ASGI app on this loop, where its own connections and locks belong. Before `run`.
+
+        Args:
+            loop: runs, and has taken the app through its lifespan
+            state: what the app left there, for its requests
+        """
+        self._loop, self._state = loop, state
 
     def stop(self) -> None:
         """Take no more; `run` returns when what runs is answered. From any thread, and from a signal handler."""
@@ -151,6 +154,7 @@ class Worker:
             log.critical("the worker ends by a fault of its own", exc_info=True)
             self._fault = error
             self._is_stopping.set()
+            self._is_closed.set()
 
     def _secret(self) -> str:
         while not self._is_stopping.is_set():
@@ -161,15 +165,39 @@ class Worker:
                 self._is_stopping.wait(_RETRY_SECONDS)
         return ""
 
+    def _start_loop(self) -> Lifespan:
+        """Make an event loop of the worker's own and start the ASGI app on it."""
+        loop = self._loop = asyncio.new_event_loop()
+
+        def run() -> None:
+            loop.run_forever()
+            loop.close()
+
+        threading.Thread(target=run, name="asgi", daemon=True).start()
+        lifespan = Lifespan(cast(ASGIApp, self._app), self._state)
+        asyncio.run_coroutine_threadsafe(lifespan.start(), self._loop).result()
+        return lifespan
+
+    def _stop_loop(self, lifespan: Lifespan) -> None:
+        assert self._loop is not None
+        try:
+            asyncio.run_coroutine_threadsafe(lifespan.stop(), self._loop).result(self.settings.drain)
+        except TimeoutError:
+            log.error("the application did not end its lifespan within %g s", self.settings.drain)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _leave(self) -> None:
+        try:
+            self._queue.leave()
+        except BrokerUnavailable as error:
+            log.warning("the worker ends without a word to the broker: %s", error)
+
     # Taking.
 
     def _take(self) -> None:
-        ahead = _MOST_AHEAD
-        if self._seconds_per_request:
-            ahead = min(ahead, int(_AHEAD_SECONDS / self._seconds_per_request) * self._threads)
-        most = self._threads - self._hung + ahead
+        ahead = min(_MOST_AHEAD, int(_AHEAD_SECONDS / self._seconds_per_request) * self._threads)
         with self._room:
-            free = most - len(self._running)
+            free = self._threads + ahead - len(self._running)
             if free <= 0:
                 self._room.wait(_WAIT_SECONDS)
                 return
@@ -180,31 +208,39 @@ class Worker:
             self._is_stopping.wait(_RETRY_SECONDS)
             return
         for item in taken:
-            self._begin(item)
+            if item.entry not in self._running:  # else its lease ran out while the broker was away; it still runs here
+                self._begin(item)
 
     def _begin(self, taken: Taken) -> None:
         """Check a request and hand it to the threads; what cannot be run is answered or set aside here."""
-        if taken.entry in self._running:
-            return  # its lease ran out while the broker was away; it still runs here
         try:
             request = decode_request(taken.payload, self._key)
         except (ValueError, KeyError, TypeError) as error:
             log.error("set aside a request that is not ours: %s", error)
             self._set_aside(taken)
             return
-        job = _Job(self, taken, request)
-        self._running[taken.entry] = job
+        has_begun = False
+        if taken.delivery_count > 1:
+            try:
+                has_begun = self._queue.has_begun(request)
+            except BrokerUnavailable as error:
+                log.warning("%s %s is left to another worker: %s", request.method, request.path, error)
+                return
+        answer = Answer(request, self.settings, has_begun=has_begun)
+        age = 0.0 if request.reply_to == LIFECYCLE_CHANNEL else taken.age
+        deadline = time.monotonic() + self.settings.request_timeout - age
+        job = Job(self._outbox, taken.entry, request, answer, taken.delivery_count, deadline)
         if taken.delivery_count > self.settings.max_deliveries:
-            log.error(
-                "set aside %s %s: its workers died %d times", request.method, request.path, taken.delivery_count - 1
-            )
-            self._set_aside(taken)
+            count = taken.delivery_count - 1
+            log.error("set aside %s %s: its workers died %d times", request.method, request.path, count)
             job.refuse(HTTPStatus.INTERNAL_SERVER_ERROR)
-        elif taken.age > self.settings.request_timeout:
+            self._set_aside(taken)
+            return
+        self._running[taken.entry] = job
+        if age > self.settings.request_timeout:
             job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
-        elif self._is_asgi:
-            assert self._loop is not None
-            asyncio.run_coroutine_threadsafe(self._run_asgi(job), self._loop)
+        elif self._loop is not None and self._is_asgi:
+            job.task = asyncio.run_coroutine_threadsafe(self._run_asgi(job), self._loop)
         else:
             self._inbox.put(job)
 
@@ -218,99 +254,54 @@ class Worker:
 
     def _start_runner(self) -> None:
         # A daemon, because a view that hangs must not keep the process from ending.
-        threading.Thread(target=self._run_wsgi, name="views", daemon=True).start()
+        threading.Thread(target=self._run_views, name="views", daemon=True).start()
 
-    def _run_wsgi(self) -> None:
-        while (job := self._inbox.get()) is not None:
-            job.began_at = time.monotonic()
-            if job.is_wanted:
-                run_wsgi(cast("WSGIApplication", self._app), build_environ(job.request, job.taken.delivery_count), job)
-            else:
-                job.end("cancelled")
-            self._note_time(time.monotonic() - job.began_at)
-            if job.is_given_up:
-                # Another thread took this one's place while it hung.
-                self._hung -= 1
-                return
+    def _run_views(self) -> None:
+        while (job := self._inbox.get()) is not None and not self._is_closed.is_set():
+            if self._may_begin(job):
+                environ = build_environ(job.request, job.delivery_count)
+                run_wsgi(cast("WSGIApplication", self._app), environ, job, self._wait_for_outbox)
+                self._note_end(job)
+                if job.is_given_up:
+                    with self._room:
+                        self._hung -= 1
+                    return  # another thread took this one's place
 
-    async def _run_asgi(self, job: "_Job") -> None:
-        job.began_at = time.monotonic()
-        scope = build_scope(job.request, job.taken.delivery_count)
-        await run_asgi(cast(ASGIApp, self._app), scope, job.request.body, job, self._pace)
-        self._note_time(time.monotonic() - job.began_at)
+    async def _run_asgi(self, job: Job) -> None:
+        if self._may_begin(job):
+            scope = build_scope(job.request, job.delivery_count, self._state)
+            await run_asgi(cast(ASGIApp, self._app), scope, job.request.body, job, self._pace)
+            self._note_end(job)
+
+    def _wait_for_outbox(self) -> None:
+        while self._outbox.is_full:
+            time.sleep(_PACE_SECONDS)
 
     async def _pace(self) -> None:
-        while self._parts.qsize() > _MOST_WAITING_PARTS // 2:  # noqa: ASYNC110 - it is emptied by another thread
-            await asyncio.sleep(_HOLD_SECONDS)
+        while self._outbox.is_full:  # noqa: ASYNC110 - it is emptied by another thread
+            await asyncio.sleep(_PACE_SECONDS)
 
-    def _note_time(self, seconds: float) -> None:
-        self._seconds_per_request += (seconds - self._seconds_per_request) * 0.1
-
-    # Publishing.
-
-    def put_part(self, job: "_Job", kind: str, value: Any) -> None:
-        """Leave a part of an answer to be published; waits while `_MOST_WAITING_PARTS` wait."""
-        self._parts.put((job, kind, value))
-
-    def _publish(self) -> None:
-        held: dict[_Job, float] = {}  # answers with one chunk so far -> when to begin sending them in parts
-        is_over = False
-        while not is_over:
-            drafts: list[Draft] = []
-            done: list[_Job] = []
-            timeout = max(0.0, min(held.values()) - time.monotonic()) if held else None
-            for count in range(_MOST_PER_ROUND_TRIP):
-                try:
-                    item = self._parts.get(block=count == 0, timeout=timeout)
-                except queue.Empty:
-                    break
-                if item is None:
-                    is_over = True
-                    break
-                self._add_part(*item, drafts, done, held)
-            now = time.monotonic()
-            for job in [job for job, at in held.items() if at <= now]:
-                del held[job]
-                job.is_started = True
-                drafts += job.answer.start()
-            if drafts or done:
-                self._settle(drafts, done)
-
-    def _add_part(
-        self, job: "_Job", kind: str, value: Any, drafts: list[Draft], done: list["_Job"], held: dict["_Job", float]
-    ) -> None:
-        answer = job.answer
-        if job.is_answered:
-            return  # what a view says after it was given up
-        if kind == "whole":
-            answer.head(*value[:2])
-            drafts += answer.whole(value[2])
-        elif kind == "head":
-            answer.head(*value)
-            held[job] = time.monotonic() + _HOLD_SECONDS
-        elif kind == "chunk":
-            drafts += answer.chunk(value)
+    def _may_begin(self, job: Job) -> bool:
+        job.began_at = time.monotonic()
+        if job.began_at > job.deadline:
+            job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
+        elif not job.is_wanted:
+            job.end("cancelled")
         else:
-            drafts += answer.end(value)
-        if answer.is_started or answer.is_complete:
-            held.pop(job, None)
-            job.is_started = True
-        if answer.is_complete:
-            job.is_answered = True
-            done.append(job)
+            return True
+        job.is_over = True
+        return False
 
-    def _settle(self, drafts: Sequence[Draft], done: Sequence["_Job"]) -> None:
-        while True:
-            try:
-                self._queue.settle(drafts, [job.taken.entry for job in done])
-                break
-            except BrokerUnavailable as error:
-                # The keys of the drafts make it safe to send them again, also if another worker has done it by then.
-                log.warning("answers wait for the broker: %s", error)
-                time.sleep(_RETRY_SECONDS)
+    def _note_end(self, job: Job) -> None:
+        """Note that the application returned. From here on the job is not given up any more."""
+        self._seconds_per_request += (time.monotonic() - job.began_at - self._seconds_per_request) * 0.1
+        with self._room:
+            job.is_over = True
+
+    def _forget(self, done: Sequence[Job]) -> None:
         with self._room:
             for job in done:
-                self._running.pop(job.taken.entry, None)
+                self._running.pop(job.entry, None)
             self._room.notify()
 
     # Watching.
@@ -318,87 +309,52 @@ class Worker:
     def _watch(self) -> None:
         """Renew leases, note cancellations, answer 504 for views that hang."""
         renew_at = 0.0
-        while not self._is_settled.wait(_WATCH_SECONDS):
+        while not self._is_closed.wait(_WATCH_SECONDS):
             jobs = list(self._running.values())
             now = time.monotonic()
             try:
                 if now >= renew_at:
                     renew_at = now + self.settings.lease / 3
-                    self._queue.renew([job.taken.entry for job in jobs])
-                cancelled = self._queue.cancelled([(job.request.connection, job.request.id) for job in jobs])
+                    self._drop(self._queue.renew({job.entry: job.request for job in jobs}))
+                for job, is_cancelled in zip(jobs, self._queue.cancelled([job.request for job in jobs]), strict=True):
+                    job.is_wanted = job.is_wanted and not is_cancelled
             except BrokerUnavailable as error:
                 log.warning("leases not renewed: %s", error)
-                renew_at, cancelled = 0.0, [False] * len(jobs)
-            for job, is_cancelled in zip(jobs, cancelled, strict=True):
-                job.is_wanted = job.is_wanted and not is_cancelled
+                renew_at = 0.0
+            for job in jobs:
                 if job.began_at and not job.is_started and now - job.began_at > self.settings.request_timeout:
                     self._give_up(job)
 
-    def _give_up(self, job: "_Job") -> None:
-        if job.is_given_up:
-            return
-        job.is_given_up = True
-        job.is_wanted = False
+    def _drop(self, entries: Sequence[str]) -> None:
+        """Publish no more for requests that another worker has answered, after this one seemed dead."""
+        dropped = [job for job in map(self._running.get, entries) if job is not None]
+        for job in dropped:
+            job.is_wanted, job.is_answered = False, True
+        self._forget(dropped)
+
+    def _give_up(self, job: Job) -> None:
+        with self._room:
+            if job.is_over or job.is_given_up:
+                return
+            job.is_given_up, job.is_wanted = True, False
+            self._hung += job.task is None
         job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
         request, limit = job.request, self.settings.request_timeout
         log.error("%s %s has not begun to answer for %g s; its client is told 504", request.method, request.path, limit)
-        if not self._is_asgi:
-            self._hung += 1
-            if self._hung < self._threads:
-                self._start_runner()
-            else:
-                log.critical("all %d threads hang in the application; the worker ends", self._threads)
-                self._is_stopping.set()
+        if job.task is not None:
+            job.task.cancel()
+            return
+        self._start_runner()
+        if self._hung >= self._threads:
+            log.critical("%d views hang, as many as there are threads; the worker ends", self._hung)
+            self._fault = TimeoutError(f"{self._hung} views hang")
+            self._is_stopping.set()
 
     def _finish(self) -> None:
         """Wait until everything that was taken is answered, for `drain` seconds; the rest another worker runs."""
         deadline = time.monotonic() + self.settings.drain
         with self._room:
-            while self._running and self._fault is None and self._hung < self._threads and time.monotonic() < deadline:
+            while self._running and not self._is_closed.is_set() and time.monotonic() < deadline:
                 self._room.wait(_WATCH_SECONDS)
         if self._running:
             log.error("%d requests were not finished; another worker runs them", len(self._running))
-
-
-class _Job:
-    """One request that was taken: a `Sink` for its answer, and what the watch has to know."""
-
-    __slots__ = (
-        "_worker",
-        "answer",
-        "began_at",
-        "is_answered",
-        "is_given_up",
-        "is_started",
-        "is_wanted",
-        "request",
-        "taken",
-    )
-
-    def __init__(self, worker: Worker, taken: Taken, request: Request) -> None:
-        self._worker = worker
-        self.taken = taken
-        self.request = request
-        self.answer = Answer(request, worker.settings)
-        self.began_at = 0.0
-        self.is_started = False
-        self.is_answered = False
-        self.is_given_up = False
-        self.is_wanted = True
-
-    def refuse(self, status: HTTPStatus) -> None:
-        """Answer in the place of the application."""
-        text = f"{status.phrase}\n".encode()
-        self._worker.put_part(self, "whole", (int(status), [("content-type", "text/plain; charset=utf-8")], text))
-
-    def whole(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-        self._worker.put_part(self, "whole", (status, headers, body))
-
-    def head(self, status: int, headers: list[tuple[str, str]]) -> None:
-        self._worker.put_part(self, "head", (status, headers))
-
-    def chunk(self, body: bytes) -> None:
-        self._worker.put_part(self, "chunk", body)
-
-    def end(self, problem: str | None) -> None:
-        self._worker.put_part(self, "end", problem)

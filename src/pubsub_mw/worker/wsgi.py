@@ -35,8 +35,17 @@ class Sink(Protocol):
         """Whether the client still waits."""
 
 
-def run_wsgi(app: "WSGIApplication", environ: "WSGIEnvironment", sink: Sink) -> None:
-    """Run `app` and tell `sink` its answer; what the app raises is logged and ends the answer."""
+def run_wsgi(
+    app: "WSGIApplication", environ: "WSGIEnvironment", sink: Sink, pace: Callable[[], None] = lambda: None
+) -> None:
+    """Run `app` and tell `sink` its answer; what the app raises is logged and ends the answer.
+
+    Args:
+        app: the application
+        environ: of this request
+        sink: where its answer goes
+        pace: called after each chunk; returns when there is room for another
+    """
     start: list[Any] = []
     written: list[bytes] = []
 
@@ -66,13 +75,14 @@ def run_wsgi(app: "WSGIApplication", environ: "WSGIEnvironment", sink: Sink) -> 
                 return
             if chunk:
                 sink.chunk(chunk)
+                pace()
         if not start:
             raise AssertionError("the app returned without calling start_response")
         if is_told:
             sink.end(None)
         else:
             sink.whole(start[0], start[1], b"".join(written))
-    except Exception:
+    except BaseException:  # sys.exit() too: it is the view that ends, not the worker's thread
         log.exception("%s %s raised", environ["REQUEST_METHOD"], environ["PATH_INFO"])
         sink.end("the application failed")
     finally:

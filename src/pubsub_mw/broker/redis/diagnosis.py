@@ -16,6 +16,7 @@ from typing import Any
 
 import redis
 
+from pubsub_mw.broker.presence import Notice
 from pubsub_mw.broker.redis.reader import AsyncRedisBroker
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, Draft, Publication
@@ -164,6 +165,9 @@ class _Ear:
 
     def on_publication(self, channel: str, publication: Publication) -> None:  # noqa: ARG002 - one channel only
         self.heard.put_nowait(publication)
+
+    def on_notice(self, channel: str, notice: Notice) -> None:
+        """Nobody is on this channel."""
 
     def on_subscribed(self, channel: str) -> None:  # noqa: ARG002 - one channel only
         self.subscribed.set()

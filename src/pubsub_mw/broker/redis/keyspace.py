@@ -36,6 +36,11 @@ class Keyspace:
         """String: the position of the publication that was made with `key`."""
         return f"{self.prefix}:{{{channel}}}:i:{key}"
 
+    def presence(self, channel: Channel) -> tuple[str, str, str]:
+        """Hash of entries, hash of users, sorted set of leases; their fields are named in `presence.lua`."""
+        stem = f"{self.prefix}:{{{channel}}}"
+        return f"{stem}:w", f"{stem}:u", f"{stem}:x"
+
     def revoked(self, identity: str) -> str:
         """Hash: channel, or `*` -> seconds since 1970; grants and resume tokens made until then are void for it."""
         return f"{self.prefix}:revoked:{identity}"

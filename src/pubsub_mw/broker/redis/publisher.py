@@ -14,7 +14,7 @@ import functools
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.connection import Connection, parse_url
 from redis.retry import Retry
 
+from pubsub_mw.broker.presence import PresenceCall
 from pubsub_mw.broker.redis.queue import RedisQueue
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.errors import BrokerUnavailable, SettingsError
@@ -98,6 +99,11 @@ class RedisBroker:
                 self._scripts.publish(news, is_retry=is_retry),
             ]
         )
+
+    def presence(self, channel: Channel) -> Mapping[str, bytes]:
+        """Return user -> info of all who are on the channel."""
+        (reply,) = self.run(lambda _: [self._scripts.presence(PresenceCall(channel=channel))])
+        return Scripts.present_from(reply).users or {}
 
     def queue(self, worker: str) -> "RedisQueue":
         """Return the request queue as the worker of that name sees it."""

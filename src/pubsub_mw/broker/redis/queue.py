@@ -9,13 +9,13 @@ XACK has no owner check, DELCONSUMER drops pending work and MAXLEN drops unread 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pubsub_mw.broker.interface import Taken
+from pubsub_mw.broker.interface import Taken, answer_key
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.errors import BrokerUnavailable
-from pubsub_mw.model import ConnectionId, Draft
+from pubsub_mw.model import Draft, Request
 from pubsub_mw.settings import Settings
 
 __all__ = ["RedisQueue"]
@@ -37,7 +37,9 @@ class RedisQueue:
         self._settings = settings
         self._scripts = Scripts(settings)
         self._worker = worker
-        self._stream = self._scripts.keyspace.requests
+        self._keyspace = self._scripts.keyspace
+        self._stream = self._keyspace.requests
+        self._claim_ttl = round(settings.claim_ttl * 1_000)
         self._reclaim_at = 0.0
 
     def take(self, limit: int, wait: float) -> list[Taken]:
@@ -47,9 +49,16 @@ class RedisQueue:
         except BrokerUnavailable as error:
             if "NOGROUP" not in str(error):
                 raise
-            # The first worker ever, or the first after Redis lost its data.
-            self._link.run(lambda _: [("XGROUP", "CREATE", self._stream, _GROUP, "0", "MKSTREAM")])
+            self._make_group()
             return self._take(limit, wait)
+
+    def _make_group(self) -> None:
+        """Make the group: for the first worker ever, or the first after Redis lost its data."""
+        try:
+            self._link.run(lambda _: [("XGROUP", "CREATE", self._stream, _GROUP, "0", "MKSTREAM")])
+        except BrokerUnavailable as error:
+            if "BUSYGROUP" not in str(error):  # else another worker was first
+                raise
 
     def _take(self, limit: int, wait: float) -> list[Taken]:
         if time.monotonic() >= self._reclaim_at:
@@ -67,10 +76,16 @@ class RedisQueue:
         entries = found[0][1] if found else []
         return [Taken(entry.decode(), fields[1], _age(entry, now), 1) for entry, fields in entries]
 
-    def renew(self, entries: Sequence[str]) -> None:
-        """Say that these are still worked on."""
-        if entries:
-            self._link.run(lambda _: [("XCLAIM", self._stream, _GROUP, self._worker, 0, *entries, "JUSTID")])
+    def renew(self, running: Mapping[str, Request]) -> list[str]:
+        """Renew leases, claims, and what makes an answer show once; see `RequestQueue.renew`."""
+        if not running:
+            return []
+        calls: list[tuple[Any, ...]] = [("XCLAIM", self._stream, _GROUP, self._worker, 0, *running, "JUSTID")]
+        for request in running.values():
+            calls.append(("PEXPIRE", self._keyspace.claim(request.connection, request.id), self._claim_ttl))
+            calls.append(("PEXPIRE", self._answer(request), self._claim_ttl))
+        held = set(self._link.run(lambda _: calls)[0])
+        return [entry for entry in running if entry.encode() not in held]
 
     def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
         """Publish, then acknowledge; see `RequestQueue.settle`."""
@@ -86,7 +101,7 @@ class RedisQueue:
     def set_aside(self, taken: Taken) -> None:
         """Keep a request that cannot be run, without its payload: it may hold cookies, and whoever reads the queue
         need not be able to use them."""
-        note = ("XADD", self._scripts.keyspace.dead, "MAXLEN", "~", _DEAD_SIZE, "*", "entry", taken.entry)
+        note = ("XADD", self._keyspace.dead, "MAXLEN", "~", _DEAD_SIZE, "*", "entry", taken.entry)
         count = ("deliveries", taken.delivery_count, "bytes", len(taken.payload))
         self._link.run(
             lambda _: [
@@ -96,13 +111,31 @@ class RedisQueue:
             ]
         )
 
-    def cancelled(self, requests: Sequence[tuple[ConnectionId, str]]) -> list[bool]:
+    def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         """Tell which were cancelled; see `RequestQueue.cancelled`."""
         if not requests:
             return []
-        keys = [self._scripts.keyspace.cancelled(connection, request_id) for connection, request_id in requests]
+        keys = [self._keyspace.cancelled(request.connection, request.id) for request in requests]
         (replies,) = self._link.run(lambda _: [("MGET", *keys)])
         return [reply is not None for reply in replies]
+
+    def has_begun(self, request: Request) -> bool:
+        """Whether an answer was begun; see `RequestQueue.has_begun`."""
+        (position,) = self._link.run(lambda _: [("GET", self._answer(request))])
+        return position is not None
+
+    def leave(self) -> None:
+        """Take the worker out of the group, if that drops nothing that waits for another one to take it over."""
+        try:
+            (pending,) = self._link.run(lambda _: [("XPENDING", self._stream, _GROUP, "-", "+", 1, self._worker)])
+            if not pending:
+                self._link.run(lambda _: [("XGROUP", "DELCONSUMER", self._stream, _GROUP, self._worker)])
+        except BrokerUnavailable as error:
+            if "NOGROUP" not in str(error):
+                raise
+
+    def _answer(self, request: Request) -> str:
+        return self._keyspace.idempotency(request.reply_to, answer_key(request.id))
 
 
 def _age(entry: bytes, now: list[bytes]) -> float:

@@ -16,6 +16,7 @@ import redis
 from redis.asyncio.connection import Connection
 
 from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, answer_key
+from pubsub_mw.broker.presence import PresenceCall, Present
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
 from pubsub_mw.errors import BrokerUnavailable
@@ -103,18 +104,22 @@ class AsyncRedisBroker:
                 raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {item}") from item
         return Accepted(Acceptance(reply), Scripts.position_from(position) if position else None)
 
-    async def report_begin(self, server: str, connection: ConnectionId, begin: bytes, end: bytes) -> None:
+    async def report_begin(
+        self, server: str, connection: ConnectionId, begin: bytes, end: bytes, *, takes_over: bool
+    ) -> None:
         """Report a connection; see `AsyncBroker.report_begin`."""
-        await self._call(self._scripts.connection_begin(connection, server, begin, end))
+        await self._call(self._scripts.connection_begin(connection, server, begin, end, takes_over=takes_over))
 
     async def report_end(self, server: str, connection: ConnectionId) -> None:
         """Report the end of a connection; see `AsyncBroker.report_end`."""
         await self._call(self._scripts.connection_end(connection, server))
 
-    async def keep_lease(self, server: str, lease: float) -> None:
+    async def keep_lease(self, server: str, lease: float) -> bool:
         """Keep a server's lease; see `AsyncBroker.keep_lease`."""
-        while await self._call(self._scripts.server_lease(server, lease, _REPORTS_PER_CALL)) >= _REPORTS_PER_CALL:
-            pass
+        reported, lapsed = await self._call(self._scripts.server_lease(server, lease, _REPORTS_PER_CALL))
+        while reported >= _REPORTS_PER_CALL:
+            reported, _ = await self._call(self._scripts.server_lease(server, lease, _REPORTS_PER_CALL))
+        return not lapsed
 
     async def _call(self, call: Call) -> Any:
         (reply,) = await self._run(lambda _: [call], self._settings.broker_timeout)
@@ -133,6 +138,21 @@ class AsyncRedisBroker:
         if isinstance(reply, redis.RedisError):
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
         return reply
+
+    async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
+        """Change who is on several channels in one round trip; see `AsyncBroker.presence`."""
+        replies = await self._run(
+            lambda _: [self._scripts.presence(call) for call in calls], self._settings.broker_timeout
+        )
+        return [self._present(reply) for reply in replies]
+
+    def _present(self, reply: Any) -> Present | Exception:
+        if isinstance(reply, redis.RedisError):
+            return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}")
+        try:
+            return Scripts.present_from(reply)
+        except ValueError as error:
+            return error
 
     def subscriber(self, listener: Listener) -> RedisSubscriber:
         """Make the process's pub/sub link; the caller runs it."""

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from pubsub_mw.broker.codec import decode
+from pubsub_mw.broker.presence import PresenceCall, Present, Verb, decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
@@ -50,6 +51,7 @@ _RECLAIM = _load("reclaim.lua")
 _CONNECTION_BEGIN = _load("connection_begin.lua")
 _CONNECTION_END = _load("connection_end.lua")
 _SERVER_LEASE = _load("server_lease.lua")
+_PRESENCE = _load("presence.lua")
 
 
 class Scripts:
@@ -62,6 +64,10 @@ class Scripts:
         # A channel that nobody published to: as long as history would live, and longer than two position checks.
         self._untouched_ttl = _milliseconds(max(settings.history_ttl, 2 * settings.check_interval))
         self._idempotency_ttl = _milliseconds(settings.idempotency_ttl)
+        self._presence_ttl = _milliseconds(settings.presence_ttl)
+        self._presence_lifetime = _milliseconds(2 * (settings.presence_ttl + settings.presence_grace))
+        self._presence_size = str(settings.presence_size)
+        self._claim_ttl = _milliseconds(settings.claim_ttl)
 
     def publish(self, draft: Draft, *, is_retry: bool) -> Call:
         keyspace, channel = self.keyspace, draft.channel
@@ -101,14 +107,17 @@ class Scripts:
 
     def accept(self, connection: ConnectionId, request_id: str, payload: bytes, queue_size: int) -> Call:
         keys = (self.keyspace.requests, self.keyspace.claim(connection, request_id))
-        return Call(*_ACCEPT, keys, (payload, str(queue_size), self._idempotency_ttl))
+        return Call(*_ACCEPT, keys, (payload, str(queue_size), self._claim_ttl))
 
     def reclaim(self, group: str, worker: str, lease: float, limit: int) -> Call:
         return Call(*_RECLAIM, (self.keyspace.requests,), (group, worker, _milliseconds(lease), str(limit)))
 
-    def connection_begin(self, connection: ConnectionId, server: str, begin: bytes, end: bytes) -> Call:
-        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by)
-        return Call(*_CONNECTION_BEGIN, keys, (connection, server, begin, end))
+    def connection_begin(
+        self, connection: ConnectionId, server: str, begin: bytes, end: bytes, *, takes_over: bool
+    ) -> Call:
+        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by, self.keyspace.leases)
+        arguments = (connection, server, begin, end, self._presence_ttl, "1" if takes_over else "0")
+        return Call(*_CONNECTION_BEGIN, keys, arguments)
 
     def connection_end(self, connection: ConnectionId, server: str) -> Call:
         keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by)
@@ -117,6 +126,27 @@ class Scripts:
     def server_lease(self, server: str, lease: float, most: int) -> Call:
         keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by, self.keyspace.leases)
         return Call(*_SERVER_LEASE, keys, (server, _milliseconds(lease), str(most)))
+
+    def presence(self, call: PresenceCall) -> Call:
+        arguments: list[str | bytes] = [_fresh_epoch(), call.epoch, str(call.number)]
+        arguments += [self._presence_ttl, self._presence_lifetime, self._presence_size]
+        for change in call.changes:
+            rest = str(round(change.after * 1_000)) if change.verb is Verb.LEAVE else change.info
+            arguments += [change.verb.value, change.connection, change.nonce, change.user, rest]
+        return Call(
+            *_PRESENCE, (*self.keyspace.presence(call.channel), self.keyspace.live(call.channel)), tuple(arguments)
+        )
+
+    @staticmethod
+    def present_from(reply: list[Any]) -> Present:
+        epoch, number, accepted, notices, *users = reply
+        return Present(
+            epoch=epoch.decode(),
+            number=int(number),
+            accepted=tuple(map(bool, accepted)),
+            notices=tuple(map(decode_notice, notices)),
+            users=_users(users[0]) if users else None,
+        )
 
     @staticmethod
     def position_from(reply: bytes) -> Position:
@@ -146,6 +176,10 @@ class Scripts:
         # Where nothing is left of history the page is complete too: there is no more to come.
         end = publications[-1].position.offset if publications else top.offset
         return HistoryPage(top=top, publications=publications, is_complete=since is None or end >= top.offset)
+
+
+def _users(flat: list[bytes]) -> dict[str, bytes]:
+    return {user.decode(): info for user, info in zip(flat[::2], flat[1::2], strict=True)}
 
 
 def _fresh_epoch() -> str:

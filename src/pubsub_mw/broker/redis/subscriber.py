@@ -26,6 +26,7 @@ from redis.backoff import NoBackoff
 
 from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.presence import decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
 from pubsub_mw.broker.redis.publisher import connection_factory
 from pubsub_mw.errors import BrokerUnavailable
@@ -180,6 +181,11 @@ class RedisSubscriber:
     def _deliver(self, name: bytes, payload: bytes) -> None:
         channel = self._keyspace.channel_of(name)
         try:
+            if payload.startswith(b"!"):
+                notice = decode_notice(payload)
+                if channel is not None:
+                    self._listener.on_notice(channel, notice)
+                return
             publication = decode(payload)
         except ValueError as error:
             log.error("ignored %d foreign bytes on Redis channel %r: %s", len(payload), name, error)
