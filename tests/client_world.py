@@ -1,4 +1,4 @@
-"""Give the Python client something to talk to: a real endpoint, and one that says what a test says.
+"""Give a client something to talk to: a real endpoint, and one that says what a test says.
 
 In:     settings; frames
 Out:    urls
@@ -43,10 +43,12 @@ class Endpoint:
 
     Args:
         url: the broker
+        app: what is served beside it
         settings: any of `Settings`
     """
 
-    def __init__(self, url: str, **settings: Any) -> None:
+    def __init__(self, url: str, *, app: Any = _no_app, **settings: Any) -> None:
+        self._beside = app
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/realtime"
         self.publisher = AsyncPublisher(url, **settings)
@@ -56,7 +58,7 @@ class Endpoint:
 
     async def start(self) -> None:
         # In a thread: it reads files.
-        app = await asyncio.to_thread(lambda: with_realtime(_no_app, **self._arguments))
+        app = await asyncio.to_thread(lambda: with_realtime(self._beside, **self._arguments))
         config = uvicorn.Config(
             app, port=self.port, log_level="error", ws="websockets-sansio", ws_ping_interval=None, lifespan="off"
         )

@@ -11,7 +11,7 @@ import contextlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from tests.tools.clock import MS, eventually_async
 __all__ = ["Listener", "Publishing", "listeners", "run"]
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a journey on a loop without debugging, which would cost most of the time."""
     asyncio.run(main())
 
@@ -58,7 +58,9 @@ class Listener:
         self.heard = {channel: Heard() for channel in channels}
         self.wrong: list[str] = []
         self.connection_count = 0
-        self.task = asyncio.create_task(self._live())
+        self.frame_count = 0
+        self._task: asyncio.Task[None] | None = None
+        self.start()
 
     @property
     def is_listening(self) -> bool:
@@ -73,10 +75,18 @@ class Listener:
         if self._websocket is not None:
             self._websocket.transport.abort()
 
+    def start(self) -> None:
+        """Listen, from where it had come."""
+        self._task = asyncio.create_task(self._live())
+
     async def stop(self) -> None:
-        for task in (self.task, *self._later):
+        tasks = [*([self._task] if self._task else []), *self._later]
+        self._task, self._later = None, set()
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(self.task, *self._later, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for heard in self.heard.values():
+            heard.is_listening = False
 
     async def _live(self) -> None:
         while True:
@@ -106,6 +116,7 @@ class Listener:
         await websocket.send(json.dumps(hello))
         async for raw in websocket:
             frame = json.loads(raw)
+            self.frame_count += 1
             match frame["type"]:
                 case "message":
                     self._message(self.heard[frame["channel"]], frame)
@@ -162,9 +173,11 @@ class Listener:
 
 
 @contextlib.asynccontextmanager
-async def listeners(count: int, urls: Sequence[str], *channels: str, **options: Any) -> Any:
+async def listeners(
+    count: int, urls: Sequence[str], *channels: str, remembers: bool = True
+) -> AsyncIterator[list[Listener]]:
     """Have `count` clients listening; at the end they stop, and none may have met anything wrong."""
-    clients = [Listener(urls, channels, **options) for _ in range(count)]
+    clients = [Listener(urls, channels, remembers=remembers) for _ in range(count)]
     try:
         await eventually_async(lambda: all(client.is_listening for client in clients), 10_000 * MS)
         yield clients
@@ -190,10 +203,11 @@ class Publishing:
         self.failed: dict[str, list[int]] = defaultdict(list)
         self.longest_seconds = 0.0
         self.count = 0
+        self._is_over = False
         self._task: asyncio.Task[None] | None = None
 
-    async def publish(self) -> bool:
-        """Publish one; whether it was accepted."""
+    async def publish(self) -> None:
+        """Publish one, and note what became of it."""
         self.count += 1
         channel, began = self._channels[self.count % len(self._channels)], asyncio.get_running_loop().time()
         number = self.count
@@ -203,10 +217,14 @@ class Publishing:
         except PublishError:
             self.failed[channel].append(number)
         self.longest_seconds = max(self.longest_seconds, asyncio.get_running_loop().time() - began)
-        return number not in self.failed[channel][-1:]
+
+    def start(self) -> None:
+        if self._task is None:
+            self._is_over = False
+            self._task = asyncio.create_task(self._publish_forever())
 
     async def __aenter__(self) -> "Publishing":
-        self._task = asyncio.create_task(self._publish_forever())
+        self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -219,7 +237,6 @@ class Publishing:
             await task
 
     async def _publish_forever(self) -> None:
-        self._is_over = False
         while not self._is_over:
             await self.publish()
             await asyncio.sleep(self._pause)

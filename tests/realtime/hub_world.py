@@ -167,14 +167,21 @@ class World:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["World"]:
-        task = asyncio.create_task(self.hub.run())
+        self._task = asyncio.create_task(self.hub.run())
         await spin(3)
         try:
             yield self
-            assert not task.done(), task.exception()
+            assert not self._task.done(), self._task.exception()
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def rerun(self) -> None:
+        """Let the hub die in the middle of what it does, and run it again."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._task = asyncio.create_task(self.hub.run())
+        await spin(3)
 
     def new_queue(self) -> SendQueue:
         return SendQueue(self.queue_bytes, self.low_bytes)

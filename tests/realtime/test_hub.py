@@ -362,6 +362,74 @@ def test_more_live_publications_than_are_remembered_during_a_read_are_read_again
     on_a_world(scenario)
 
 
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_what_comes_while_a_broken_link_is_made_good_waits_for_no_further_publication(count: int) -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, _) = world.channels, world.clients
+        await go_live(world, live)
+        world.broker.link.break_off()
+        world.broker.link.move_up(1)
+        world.broker.link.move_down(1)
+        await spin()
+        world.broker.begin_read(0)
+        await spin()
+        for _ in range(count):
+            world.publish(channel)
+        world.broker.link.move_down(99)
+        world.broker.end_read(0)
+        await spin()
+        for _ in range(5):
+            await flow(world)
+        assert frames(live) == [f"message {n}" for n in range(1, count + 1)]
+
+    on_a_world(scenario)
+
+
+@pytest.mark.parametrize(("is_kept", "told"), [(True, "message 1"), (False, "gap trimmed")])
+def test_a_second_confirmation_has_history_read_again(is_kept: bool, told: str) -> None:
+    """The channel was left and asked for again, and the broker hears of it only after it answered the first time."""
+
+    async def scenario(world: World) -> None:
+        (channel,), (client, _) = world.channels, world.clients
+        link = world.broker.link
+        client.subscribe(channel, None)
+        link.move_up(1)
+        client.unsubscribe(channel)
+        client.subscribe(channel, None)
+        link.move_down(1)
+        await spin()
+        world.broker.end_read(0)
+        await spin()
+        assert frames(client) == ["subscribed None"]
+        link.move_up(1)
+        world.publish(channel, is_kept=is_kept)
+        link.move_up(1)
+        await flow(world)
+        assert frames(client) == [told]
+
+    on_a_world(scenario)
+
+
+def test_who_waits_for_others_to_come_up_is_not_told_that_the_broker_is_silent() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (near, far) = world.channels, world.clients
+        far.positions[channel] = world.broker.engine.position(channel)
+        for _ in range(150):
+            world.publish(channel, size=100)
+        near.positions[channel] = world.broker.engine.position(channel)
+        world.publish(channel)
+        began = asyncio.get_running_loop().time()
+        near.subscribe(channel, near.positions[channel])
+        far.subscribe(channel, far.positions[channel])
+        while not near.queue.waiting_bytes:
+            await asyncio.sleep(world.settings.broker_timeout / 5)
+            await flow(world)
+        assert asyncio.get_running_loop().time() - began > 2 * world.settings.broker_timeout
+        assert frames(near) == ["subscribed True", "message 151"]
+
+    on_a_world(scenario, low_bytes=1_000_000)
+
+
 def test_who_is_excluded_gets_it_neither_live_nor_from_history() -> None:
     async def scenario(world: World) -> None:
         (channel,), (author, other) = world.channels, world.clients
@@ -560,6 +628,26 @@ def test_a_tail_that_went_missing_is_found_by_the_check() -> None:
         assert frames(client) == ["gap epoch"]
         await asyncio.sleep(world.settings.check_interval * 3)
         assert frames(client) == []
+
+    on_a_world(scenario)
+
+
+def test_a_hub_that_died_and_runs_again_loses_nothing() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, late) = world.channels, world.clients
+        await go_live(world, live)
+        start = late.positions[channel] = live.positions[channel]
+        world.publish(channel)
+        await flow(world)
+        late.subscribe(channel, start)
+        await spin()
+        world.broker.begin_read(0)
+        await world.rerun()
+        world.publish(channel)
+        await flow(world)
+        await flow(world)
+        assert frames(live) == ["message 1", "message 2"]
+        assert frames(late) == ["subscribed True", "message 1", "message 2"]
 
     on_a_world(scenario)
 

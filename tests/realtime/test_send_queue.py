@@ -34,8 +34,9 @@ async def test_at_the_bound_the_queue_takes_a_frame_and_over_it_closes() -> None
     queue = SendQueue(10, 5)
     queue.put_nowait(b"x" * 5)
     queue.put_nowait(b"x" * 5)
-    assert queue.closed is None
-    queue.put_nowait(b"x")
+    assert [await queue.take(), await queue.take()] == [b"x" * 5, b"x" * 5]
+    for _ in range(3):
+        queue.put_nowait(b"x" * 5)
     assert queue.closed is not None
     assert queue.closed[0] is CloseCode.SLOW
     queue.put_nowait(b"never")

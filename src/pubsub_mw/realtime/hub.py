@@ -335,7 +335,8 @@ class Hub:
         outcome = catch_up(track.position, page)
         if outcome.lost is None:
             self._bring_forward(channel, track.position, outcome.publications)
-            channel.is_stale = channel.is_stale and not page.is_complete
+            # A page that brings the track forward, but not to its end, is followed by the next one.
+            channel.is_stale = not page.is_complete and (channel.is_stale or bool(outcome.publications))
         elif channel.is_stale:
             for subscription in channel.live:
                 self._tell_gap(subscription, outcome.position, outcome.lost)

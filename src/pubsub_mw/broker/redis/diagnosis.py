@@ -27,7 +27,10 @@ __all__ = ["Finding", "Level", "diagnose"]
 
 _OLDEST = (6, 2)
 _ROUND_TRIPS = 20
-_RIGHTS = "+@connection +@pubsub +@read +@write +@scripting +info"
+_RIGHTS = (
+    "+eval +evalsha +publish +subscribe +unsubscribe +hmget +hset +del +xadd +xrange +xrevrange "
+    "+pexpire +pttl +get +set +select +info"
+)
 
 
 class Level(StrEnum):
