@@ -24,7 +24,8 @@ from starlette.routing import Mount, Route
 from websockets.exceptions import InvalidStatus
 
 from pubsub_mw import PublishError, PubSub, SettingsError
-from pubsub_mw.asgi import is_asgi, with_realtime
+from pubsub_mw.apps import is_asgi
+from pubsub_mw.asgi import with_realtime
 from pubsub_mw.broker.memory import memory_broker
 from pubsub_mw.model import Channel
 from pubsub_mw.settings import Settings

@@ -15,7 +15,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from pubsub_mw.cli import load_app, main
+from pubsub_mw.apps import load_app
+from pubsub_mw.cli import main
 from pubsub_mw.client import connect
 from pubsub_mw.model import Position
 from pubsub_mw.publisher import Publisher

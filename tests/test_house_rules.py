@@ -19,11 +19,14 @@ SOURCE = ROOT / "src" / "pubsub_mw"
 
 # Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them.
 LONGEST_FILE_LINES = 350
-ALL_LINES = 4_500
+ALL_LINES = 7_500
 
 # Files that may be longer, each with what it would cost to cut it.
 LONGER: dict[str, str] = {
     "cli.py": "one function per command, each short; cut in two, options would be shared across files",
+    "broker/memory.py": "the whole second engine: what Redis does in scripts and six files is here in one class",
+    "realtime/connection.py": "who a client is and what it may do are decided together; cut, each half asks the other",
+    "realtime/hub.py": "its two jobs, sending and catching up, share every field of a channel",
     "client.py": "a whole client, read by those who use nothing else of the package; its parts share one state",
 }
 

@@ -1,5 +1,6 @@
 """Frames and values: what clients may send, what the server says, and that nothing else gets through."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ json_values = st.recursive(
 )
 
 
+def as_bytes(frame: dict[str, Any]) -> bytes:
+    body: str = frame["body"]
+    return base64.b64decode(body) if "encoding" in frame else body.encode()
+
+
 def decode(frame: Any) -> protocol.Command:
     return decode_command(json.dumps(frame))
 
@@ -44,9 +50,10 @@ def decode(frame: Any) -> protocol.Command:
 @pytest.mark.parametrize("frame", GOLDEN["client"], ids=json.dumps)
 def test_golden_client_frames_are_understood(frame: dict[str, Any]) -> None:
     command = decode(frame)
-    for name, value in frame.items():
-        if name != "type":
-            assert getattr(command, name) == value
+    expected = {name: value for name, value in frame.items() if name not in ("type", "encoding")}
+    if "body" in expected:
+        expected["body"] = as_bytes(frame)
+    assert {name: getattr(command, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -219,6 +226,18 @@ def encode(frame: dict[str, Any]) -> bytes:
             head = protocol.message_head(frame["channel"], frame["event"], orjson.dumps(frame["data"]))
             position: str = frame["position"]
             return head + position.encode() + protocol.message_tail
+        case "response" | "response_start" | "response_chunk" | "response_end" as kind:
+            place: str = fields.pop("position")
+            arguments = [fields.pop("id")]
+            arguments += [fields[name] for name in ("status", "headers") if name in fields]
+            arguments += [as_bytes(fields)] if "body" in fields else []
+            arguments += [fields.get("error")] if kind == "response_end" else []
+            head = getattr(protocol, f"{kind}_head")(*arguments)
+            return bytes(head + place.encode() + protocol.message_tail)
+        case "join" | "leave" as kind:
+            member = fields["member"]
+            told: bytes = getattr(protocol, kind)(fields["channel"], member["user"], orjson.dumps(member["info"]))
+            return told
         case "ping":
             return protocol.PING
         case "error":
@@ -226,6 +245,8 @@ def encode(frame: dict[str, Any]) -> bytes:
         case "disconnect":
             return protocol.disconnect(CloseCode(frame["code"]), frame["reason"], frame["retry"] or 0.0)
         case kind:
+            if "members" in fields:
+                fields["members"] = {one["user"]: orjson.dumps(one["info"]) for one in fields["members"]}
             if "position" in fields:
                 fields["position"] = Position.parse(fields["position"])
             made: bytes = getattr(protocol, kind)(**fields)

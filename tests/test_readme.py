@@ -302,7 +302,7 @@ def test_the_table_of_settings_is_true() -> None:
 
 
 def _default(value: object) -> str:
-    if value is None or value == ():
+    if value in (None, (), ""):
         return "none"
     if isinstance(value, tuple):
         return " ".join(value)

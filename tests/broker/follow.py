@@ -9,6 +9,7 @@ import orjson
 import pubsub_mw.broker.redis.reader  # noqa: F401 - an event loop must not be the first to import it
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.broker.interface import Subscriber
+from pubsub_mw.broker.presence import Notice
 from pubsub_mw.drafts import build_draft
 from pubsub_mw.model import Channel, Draft, Publication
 from pubsub_mw.settings import Settings
@@ -33,7 +34,7 @@ class Recorder:
     """A listener.
 
     Attributes:
-        publications: channel and publication, as they came
+        publications, notices: channel and what came on it, as they came
         told: "lost", and the name of each channel that was confirmed, in order
     """
 
@@ -41,10 +42,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.publications: list[tuple[str, Publication]] = []
+        self.notices: list[tuple[str, Notice]] = []
         self.told: list[str] = []
 
     def on_publication(self, channel: str, publication: Publication) -> None:
         self.publications.append((channel, publication))
+
+    def on_notice(self, channel: str, notice: Notice) -> None:
+        self.notices.append((channel, notice))
 
     def on_subscribed(self, channel: str) -> None:
         self.told.append(channel)

@@ -32,9 +32,10 @@ class Server:
     def __init__(self, prefix: str, **overrides: Any) -> None:
         defaults = {"url": "memory://", "prefix": prefix, "secret": SECRET}
         self.settings = Settings.build(environ={}, **{**defaults, **overrides})
-        self.hub = Hub(open_async_broker(self.settings), self.settings)
+        broker = open_async_broker(self.settings)
+        self.hub = Hub(broker, self.settings)
         self.publisher = AsyncPublisher(**self.settings.overrides())
-        self.shared = Shared(self.settings, self.hub, self.publisher, SECRET)
+        self.shared = Shared(self.settings, self.hub, broker, self.publisher, SECRET)
         self.task = asyncio.create_task(self.hub.run())
         self.clients: list[Client] = []
 

@@ -11,29 +11,17 @@ import {
   connected,
   golden,
   JITTER,
+  lostAndFound,
   message,
   opened,
   script,
   settled,
+  spy,
   subscribed,
 } from "./scripted_websocket.mjs";
 
 const FIRST_DELAY_SECONDS = 0.5 * JITTER;
 const DEAD_SECONDS = CONNECTED.ping + 8;
-
-/** Collect the calls of a callback. */
-function spy() {
-  const calls = [];
-  return Object.assign((...args) => void calls.push(args), { calls });
-}
-
-/** Lose the link, wait, and be connected again, by default as the same connection. */
-async function lostAndFound(net, again = { ...CONNECTED, resume: "token-2" }) {
-  net.socket.end();
-  await net.pass(10); // the longest back-off with this jitter
-  net.socket.accept();
-  net.socket.push(again);
-}
 
 /** Be a page that can hide, and can be told that the network is back. */
 function page(t) {

@@ -25,6 +25,20 @@ for (const { type, ...fields } of golden.frames.client) {
 /** Let everything that was promised happen. */
 export const settled = () => new Promise((resolve) => setImmediate(resolve));
 
+/** Wait for what takes the platform more than one turn, such as reading a body. */
+export async function until(condition) {
+  for (let turn = 0; !condition(); turn++) {
+    assert.ok(turn < 10_000, `did not come about: ${condition}`);
+    await settled();
+  }
+}
+
+/** Collect the calls of a callback. */
+export function spy() {
+  const calls = [];
+  return Object.assign((...args) => void calls.push(args), { calls });
+}
+
 /** @param {import("node:test").TestContext} t */
 export function script(t) {
   t.mock.timers.enable({ apis: ["setTimeout", "Date"] });
@@ -108,6 +122,14 @@ export async function connected(t, prepare = () => {}, options = {}) {
   net.socket.accept();
   net.socket.push(CONNECTED);
   return { net, realtime };
+}
+
+/** Lose the link, wait, and be connected again, by default as the same connection. */
+export async function lostAndFound(net, again = { ...CONNECTED, resume: "token-2" }) {
+  net.socket.end();
+  await net.pass(10); // the longest back-off with this jitter
+  net.socket.accept();
+  net.socket.push(again);
 }
 
 export const subscribed = (channel, position, recovered = null) => ({

@@ -7,11 +7,12 @@ import {
   type Message,
   type Realtime,
   type RealtimeError,
+  type RequestError,
 } from "../../src/pubsub_mw/static/client.js";
 
 const realtime: Realtime = connect();
 connect("/realtime");
-connect({ grant: "token" });
+connect({ grant: "token", maxPending: 10, maxFrameBytes: 1024 });
 connect("wss://example.test/realtime", { grant: async () => (await fetch("/grant")).text(), WebSocket });
 
 const subscription = realtime.subscribe(
@@ -32,6 +33,15 @@ const remove: () => void = realtime.on("state", (state) => console.log(state ===
 remove();
 realtime.on("private", (data, { event }) => console.log(data, event));
 realtime.on("error", ({ code }) => console.log(code));
+const response: Response = await realtime.fetch("/rooms/42/messages", { json: { text: "hi" }, keepalive: false });
+realtime.fetch(new URL("/rooms/42", location.href), { method: "PUT", body: new FormData(), signal: AbortSignal.timeout(1) });
+realtime.fetch(new Request("/rooms/42")).catch(({ code, message }: RequestError) => console.log(code, message));
+for await (const chunk of readAll(response.body!)) console.log(chunk.byteLength);
+async function* readAll(body: ReadableStream<Uint8Array>) {
+  const reader = body.getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+}
+
 const id: string | null = realtime.connection ?? realtime.user;
 const seconds: number = backoff(0, Math.random());
 console.log(id, seconds);
@@ -45,5 +55,7 @@ realtime.on("message", () => {});
 realtime.state = "closed";
 // @ts-expect-error: a callback is needed
 realtime.subscribe("room:42");
+// @ts-expect-error: no such option
+realtime.fetch("/rooms/42", { jsno: {} });
 // @ts-expect-error: no such option
 connect({ token: "text" });
