@@ -22,12 +22,21 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from pubsub_mw import AsyncPublisher, PublishError
 from tests.tools.clock import MS, eventually_async
 
-__all__ = ["Listener", "Publishing", "listeners", "run"]
+__all__ = ["Listener", "Publishing", "closing", "listeners", "run"]
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a journey on a loop without debugging, which would cost most of the time."""
     asyncio.run(main())
+
+
+@contextlib.asynccontextmanager
+async def closing(publisher: AsyncPublisher) -> AsyncIterator[AsyncPublisher]:
+    """Give the publisher's connections back, also where a test fails."""
+    try:
+        yield publisher
+    finally:
+        await publisher.close()
 
 
 @dataclass

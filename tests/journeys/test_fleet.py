@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from pubsub_mw import AsyncPublisher
-from tests.journeys.fleet import Publishing, listeners, run
+from tests.journeys.fleet import Publishing, closing, listeners, run
 from tests.tools.clock import MS, eventually_async
 from tests.tools.redis_server import RedisServer
 from tests.tools.servers import Processes
@@ -61,6 +61,7 @@ def test_fifty_restless_clients_get_ten_thousand_publications_once_and_in_order(
 
         groups = [channels[n : n + 2] for n in range(0, CHANNELS, 2)]
         async with (
+            closing(publisher),
             listeners(10, urls, *groups[0]) as first,
             listeners(10, urls, *groups[1]) as second,
             listeners(10, urls, *groups[2]) as third,
@@ -81,6 +82,5 @@ def test_fifty_restless_clients_get_ten_thousand_publications_once_and_in_order(
                 assert sum(len(heard.got) for heard in client.heard.values()) == PUBLICATIONS // 5
             assert sum(client.connection_count for client in clients) > 2 * len(clients)
             await eventually_async(lambda: all(client.is_listening for client in clients))
-        await publisher.close()
 
     run(main)
