@@ -16,6 +16,7 @@ from pubsub_mw.errors import ChannelError
 __all__ = [
     "CONNECTION_PREFIX",
     "CONTROL_CHANNEL",
+    "FROM_HANDSHAKE",
     "LIFECYCLE_CHANNEL",
     "START_EPOCH",
     "START_TAG",
@@ -258,6 +259,10 @@ class Grant:
     info: object
     issued_at: float
     expires_at: float
+
+
+FROM_HANDSHAKE = frozenset({"accept-language", "cookie", "host", "origin", "referer", "user-agent"})
+"""Headers of a handshake that the application sees with each request; no others are put into the queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

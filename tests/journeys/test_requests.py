@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -516,10 +517,12 @@ class Sender:
     async def run(self) -> None:
         await self.client.hello()
         for number in range(self._count):
-            while number - len(self.answered()) >= 8:  # noqa: ASYNC110 - it is told by no event
-                await asyncio.sleep(5 * MS)
+            await eventually_async(partial(self._has_room_for, number), 50_000 * MS)
             await send(self.client, str(number), "/run")
         await eventually_async(lambda: len(self.answered()) >= self._count, 50_000 * MS)
+
+    def _has_room_for(self, number: int) -> bool:
+        return number - len(self.answered()) < 8
 
     def answered(self) -> list[str]:
         return [frame["id"] for frame in self.client.received if frame["type"] in (*ENDS, "error")]

@@ -33,13 +33,14 @@ class Server:
         )
         config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, name=f"server-{self.port}")
+        self._thread = threading.Thread(target=self._server.run, name=f"server-{self.port}", daemon=True)
         self._thread.start()
         eventually(lambda: self._server.started, 10_000 * MS, "the server does not start")
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join()
+        self._thread.join(10_000 * MS)
+        assert not self._thread.is_alive(), "the server does not stop"
 
 
 class Servers:

@@ -214,7 +214,7 @@ BAD_FRAMES = [
     pytest.param('{"type":null}', "bad_frame", id="type is null"),
     pytest.param('{"type":["pong"]}', "bad_frame", id="type is a list"),
     pytest.param('{"type":"nonsense"}', "unknown_type", id="unknown type"),
-    pytest.param('{"type":"request","id":"1","method":"GET","path":"/"}', "unknown_type", id="a later command"),
+    pytest.param('{"type":"request","id":"1","method":"GET","path":"/"}', "forbidden", id="a path that is not allowed"),
     pytest.param('{"type":"%s"}' % ("x" * 10_000), "unknown_type", id="a long type"),
     pytest.param('{"type":"publish","channel":"c","data":NaN}', "bad_frame", id="NaN"),
     pytest.param('{"type":"publish","channel":"c","data":Infinity}', "bad_frame", id="Infinity"),
@@ -247,7 +247,7 @@ BAD_FRAMES = [
     pytest.param('{"type":"publish","channel":"c","data":1,"event":7}', "bad_frame", id="event is a number"),
     pytest.param('{"type":"publish","channel":"c","data":1}', "forbidden", id="publish without grant"),
     pytest.param('{"type":"publish","channel":"#user-7","data":1}', "bad_channel", id="publish to a reserved one"),
-    pytest.param('{"type":"subscribe","channel":"presence-x"}', "unsupported", id="presence"),
+    pytest.param('{"type":"subscribe","channel":"presence-x"}', "forbidden", id="presence"),
 ]
 
 

@@ -557,12 +557,10 @@ async def test_a_fresh_grant_that_allows_less_ends_what_it_does_not_allow(one: W
 
 async def test_a_fresh_grant_of_somebody_else_is_refused(one: World) -> None:
     client, _ = await one.client(grant=one.grant("7"))
-    nobody, _ = await one.client()
-    for each in (client, nobody):
-        await each.send({"type": "grant", "grant": one.grant("8", "private-*")})
-        assert (await each.recv("error"))["code"] == "grant_invalid"
-        await each.send({"type": "subscribe", "channel": "private-a"})
-        assert (await each.recv("error", "private-a"))["code"] == "forbidden"
+    await client.send({"type": "grant", "grant": one.grant("8", "private-*")})
+    assert (await client.recv("error"))["code"] == "grant_invalid"
+    await client.send({"type": "subscribe", "channel": "private-a"})
+    assert (await client.recv("error", "private-a"))["code"] == "forbidden"
 
 
 # Guessing.

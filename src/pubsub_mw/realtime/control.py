@@ -19,14 +19,14 @@ import itertools
 import json
 import logging
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.errors import BrokerUnavailable, CloseCode
-from pubsub_mw.model import CONTROL_CHANNEL, ConnectionId
+from pubsub_mw.model import CONTROL_CHANNEL, ConnectionId, Draft
 from pubsub_mw.protocol import head_of
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
@@ -37,8 +37,8 @@ __all__ = ["Control", "Controlled", "close_unsettled"]
 
 log = logging.getLogger("pubsub_mw")
 
-_LOOK_UP_BATCH = 500
-"""Connections looked up in one round trip."""
+_BATCH = 500
+"""Connections looked up, or claimed, in one round trip."""
 _RETRY_SECONDS = 0.5
 """Until the broker is asked again when it did not answer."""
 
@@ -65,7 +65,8 @@ class Control:
         self._server = secrets.token_urlsafe(12)
         self._claims: dict[ConnectionId, int] = {}  # said to be resumed here, and not heard yet
         self._numbers = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._unsaid: dict[ConnectionId, int] = {}
+        self._saying: asyncio.Task[None] | None = None
 
     def enter(self, connection: Controlled) -> None:
         """Let news reach a connection. Before its revocations are looked up."""
@@ -90,8 +91,10 @@ class Control:
 
     def claim(self, connection: ConnectionId) -> None:
         """Tell the other servers that a connection was resumed here, so that they close theirs of that id."""
-        number = self._claims[connection] = next(self._numbers)
-        self._spawn(self._say(connection, number))
+        self._claims[connection] = self._unsaid[connection] = next(self._numbers)
+        if self._saying is None:
+            self._saying = asyncio.create_task(self._say())
+            self._saying.add_done_callback(self._on_said)
 
     async def run(self) -> NoReturn:
         """Follow the control channel, for ever."""
@@ -123,22 +126,36 @@ class Control:
         connections = list(self._connections)
         while connections:
             try:
-                await self.look_up(*connections[:_LOOK_UP_BATCH])
+                await self.look_up(*connections[:_BATCH])
             except BrokerUnavailable as error:
                 log.warning("revocations not looked up yet: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
-                del connections[:_LOOK_UP_BATCH]
+                del connections[:_BATCH]
 
     # Who has a connection.
 
-    async def _say(self, connection: ConnectionId, number: int) -> None:
+    async def _say(self) -> None:
+        """Publish claims, one batch after another, so that a later one never comes before an earlier one."""
+        while self._unsaid:
+            batch = dict(itertools.islice(self._unsaid.items(), _BATCH))
+            self._unsaid = {name: number for name, number in self._unsaid.items() if name not in batch}
+            drafts = [self._draft(connection, number) for connection, number in batch.items()]
+            try:
+                await self._broker.publish(drafts)
+            except BrokerUnavailable as error:
+                log.warning("other servers may still hold %d resumed connections: %s", len(batch), error)
+                for connection, number in batch.items():
+                    self._forget_claim(connection, number)
+
+    def _on_said(self, task: "asyncio.Task[None]") -> None:
+        self._saying = None
+        if not task.cancelled() and task.exception() is not None:
+            log.error("claims were lost by a fault of the server", exc_info=task.exception())
+
+    def _draft(self, connection: ConnectionId, number: int) -> Draft:
         news = head_of({"type": "resumed", "connection": connection, "server": self._server, "number": number})
-        try:
-            await self._broker.publish([build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")])
-        except BrokerUnavailable as error:
-            log.warning("another server may still hold connection %s: %s", connection, error)
-            self._forget_claim(connection, number)
+        return build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")
 
     def _hear(self, connection: ConnectionId, server: str, number: int) -> None:
         if server == self._server:
@@ -149,16 +166,6 @@ class Control:
     def _forget_claim(self, connection: ConnectionId, number: int) -> None:
         if self._claims.get(connection) == number:
             del self._claims[connection]
-
-    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a claim was lost by a fault of the server", exc_info=task.exception())
 
 
 def close_unsettled(queue: SendQueue, settled: "asyncio.Future[bool]") -> None:

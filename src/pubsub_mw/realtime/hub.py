@@ -86,7 +86,8 @@ class Hub:
 
     @property
     def channel_count(self) -> int:
-        return len(self._channels)
+        """Channels that connections listen to; the server's own are not counted."""
+        return sum(not name.startswith(("#control", "#server-")) for name in self._channels)
 
     @property
     def connection_count(self) -> int:

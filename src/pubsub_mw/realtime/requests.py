@@ -199,14 +199,13 @@ class Requests:
             raise FrameError(ErrorCode.BUSY, f"{limit} requests of this connection wait already", id=frame.id)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request that waits, or have the worker that runs it told."""
+        """Drop a request that waits, or have the worker that runs it told; it may be one from before a reconnect."""
         for waiting in self._backlog:
             if waiting.id == request_id:
                 self._backlog.remove(waiting)
                 self._refuse(ErrorCode.CANCELLED, "cancelled before it was begun", request_id)
                 return
-        if request_id in self._in_flight:
-            self._spawn(self._cancel(request_id))
+        self._spawn(self._cancel(request_id))
 
     def on_reply(self, reply: str) -> None:
         """Note that a part of an answer passed on the connection's own channel."""

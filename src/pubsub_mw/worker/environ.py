@@ -15,15 +15,12 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from pubsub_mw.model import Request, RequestConnection
+from pubsub_mw.model import FROM_HANDSHAKE, Request, RequestConnection
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 __all__ = ["build_environ", "build_scope"]
-
-_FROM_HANDSHAKE = ("user-agent", "referer", "accept-language", "origin")
-"""Headers of the handshake that the application sees, unless the client may choose them and did."""
 
 
 def build_environ(request: Request, delivery_count: int) -> "WSGIEnvironment":
@@ -80,8 +77,11 @@ def build_scope(request: Request, delivery_count: int, state: dict[str, Any]) ->
 def _headers(request: Request) -> list[tuple[str, str]]:
     """Return the headers, lower-case names, each once."""
     handshake = request.handshake
-    headers = {name: value for name in _FROM_HANDSHAKE if (value := handshake.first(name)) is not None}
-    headers |= dict(request.headers)
+    headers: dict[str, str] = {}
+    for name, value in handshake.headers:
+        if name in FROM_HANDSHAKE:
+            headers.setdefault(name, value)
+    headers.update(request.headers)  # such as accept-language; a client may choose none of the following
     headers["host"] = handshake.first("host") or "localhost"
     cookies = handshake.all("cookie")
     if cookies:

@@ -7,7 +7,6 @@ Never:  holds back a chunk of a view that streams; goes on with a view whose ans
 """
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,7 +91,6 @@ def run_wsgi(
                 close()
             except Exception:
                 log.exception("close() raised after %s %s", environ["REQUEST_METHOD"], environ["PATH_INFO"])
-        sys.stderr.flush()
 
 
 def _is_whole(headers: list[tuple[str, str]], response: object) -> bool:

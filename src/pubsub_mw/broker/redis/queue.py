@@ -66,7 +66,8 @@ class RedisQueue:
             reclaim = self._scripts.reclaim(_GROUP, self._worker, self._settings.lease, limit)
             now, found = self._link.run(lambda _: [("TIME",), reclaim])
             if found:
-                return [Taken(entry.decode(), payload, _age(entry, now), int(count)) for entry, count, payload in found]
+                at = _milliseconds(now)
+                return [Taken(entry.decode(), payload, _age(entry, at), int(count)) for entry, count, payload in found]
         block = max(1, round(wait * 1_000))
         read = (
             *("XREADGROUP", "GROUP", _GROUP, self._worker, "COUNT", limit, "BLOCK", block),
@@ -74,7 +75,8 @@ class RedisQueue:
         )
         now, found = self._link.run(lambda _: [("TIME",), read], wait=wait)
         entries = found[0][1] if found else []
-        return [Taken(entry.decode(), fields[1], _age(entry, now), 1) for entry, fields in entries]
+        at = _milliseconds(now)
+        return [Taken(entry.decode(), fields[1], _age(entry, at), 1) for entry, fields in entries]
 
     def renew(self, running: Mapping[str, Request]) -> list[str]:
         """Renew leases, claims, and what makes an answer show once; see `RequestQueue.renew`."""
@@ -138,6 +140,11 @@ class RedisQueue:
         return self._keyspace.idempotency(request.reply_to, answer_key(request.id))
 
 
-def _age(entry: bytes, now: list[bytes]) -> float:
-    """Seconds from a stream entry's id, whose first part is Redis's clock in ms, to `now`, as from TIME."""
-    return max(0.0, int(now[0]) + int(now[1]) / 1e6 - int(entry.partition(b"-")[0]) / 1e3)
+def _milliseconds(time: list[bytes]) -> int:
+    """Return a reply to TIME, which is seconds and microseconds."""
+    return int(time[0]) * 1_000 + int(time[1]) // 1_000
+
+
+def _age(entry: bytes, now: int) -> float:
+    """Return seconds from a stream entry's id, whose first part is Redis's clock in ms, to `now`."""
+    return max(0, now - int(entry.partition(b"-")[0])) / 1_000

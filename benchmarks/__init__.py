@@ -1,0 +1,1 @@
+"""Measure the project against what it stands beside."""
