@@ -37,6 +37,10 @@ def test_every_setting_can_come_from_the_environment() -> None:
         "prefix": ("p", "p"),
         "origins": ("https://a.example  http://b.example:8000", ("https://a.example", "http://b.example:8000")),
         "public": ("room:* news", ("room:*", "news")),
+        "requests": ("/rooms/* /news", ("/rooms/*", "/news")),
+        "request_headers": ("x-a x-b", ("x-a", "x-b")),
+        "authorize": ("/may", "/may"),
+        "lifecycle": ("/told", "/told"),
         "position_ttl": ("90000", 90_000.0),
     }
     for knob in NUMBERS:
