@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import jwt
@@ -20,8 +20,13 @@ from starlette.routing import Mount, Router
 from starlette.types import ASGIApp
 
 from pubsub_mw.asgi import with_realtime
-from pubsub_mw.publisher import Publisher
+from pubsub_mw.broker.memory import AsyncMemoryBroker, memory_broker
+from pubsub_mw.model import Handshake
+from pubsub_mw.publisher import AsyncPublisher, Publisher
 from pubsub_mw.realtime import Realtime
+from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.settings import Settings
 from tests.realtime.serving import Server, Servers
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import Frame, RawClient
@@ -193,7 +198,42 @@ async def test_a_foreign_grant_without_iat_is_good_until_the_user_is_disconnecte
     assert await one.refused(grant=grant) == DISCONNECTED
 
 
+async def test_a_barred_grant_shown_on_a_connection_that_was_nobodys_ends_it(one: World) -> None:
+    old = one.grant("7", "private-*")
+    await one.say("disconnect", user="7")
+    for kind in ("grant", "subscribe"):
+        client, _ = await one.client()
+        await client.send({"type": kind, "grant": old, "channel": "private-a"})
+        assert (await client.closed(PROMPT))[0] == DISCONNECTED
+        assert not [frame for frame in client.received if frame["type"] == "subscribed"]
+    client, _ = await one.client()
+    await client.send({"type": "subscribe", "channel": "private-a", "grant": one.grant("7", "private-a")})
+    await client.recv("subscribed", "private-a")
+
+
+async def test_a_channel_that_was_ended_stays_ended_for_a_grant_shown_on_a_connection_that_was_nobodys(
+    one: World,
+) -> None:
+    old = one.grant("7", "private-*")
+    await one.say("unsubscribe", "private-a", user="7")
+    client, _ = await one.client()
+    await client.send({"type": "subscribe", "channel": "private-a", "grant": old})
+    assert (await client.recv("error", "private-a"))["code"] == "forbidden"
+    await client.send({"type": "subscribe", "channel": "private-b"})
+    await client.recv("subscribed", "private-b")
+
+
 # Ending subscriptions.
+
+
+async def test_a_grant_for_another_channel_does_not_bring_back_one_that_was_ended(one: World) -> None:
+    client = await one.listener(None, "private-a", grant=one.grant("7", "private-*"))
+    await one.say("unsubscribe", "private-a", user="7")
+    await client.recv("unsubscribed", "private-a", PROMPT)
+    await client.send({"type": "subscribe", "channel": "private-b", "grant": one.grant("7", "private-b")})
+    await client.recv("subscribed", "private-b")
+    await client.send({"type": "subscribe", "channel": "private-a"})
+    assert (await client.recv("error", "private-a"))["code"] == "forbidden"
 
 
 async def test_a_users_subscriptions_end_on_every_server_and_nobody_elses(world: World) -> None:
@@ -311,6 +351,46 @@ async def test_a_revocation_that_races_a_connect_is_never_missed(world: World) -
         for client in clients:
             assert (await client.closed(PROMPT))[0] == DISCONNECTED
         await revoking
+
+
+class SlowLookUp(AsyncMemoryBroker):
+    """A broker whose answer to a look-up is long on its way."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(memory_broker(settings))
+        self.has_read = asyncio.Event()
+        self.may_answer = asyncio.Event()
+
+    async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
+        answer = await super().revoked(identities)
+        self.has_read.set()
+        await self.may_answer.wait()
+        return answer
+
+
+async def test_what_is_ended_while_its_look_up_is_under_way_ends(prefix: str) -> None:
+    settings = Settings.build("memory://", environ={}, prefix=prefix)
+    broker = SlowLookUp(settings)
+    hub = Hub(broker, settings)
+    shared = Shared(settings, hub, broker, AsyncPublisher(**settings.overrides()), SECRET)
+    publisher = Publisher("memory://", prefix=prefix, secret=SECRET)
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(hub.run()), tasks.create_task(shared.control.run())]
+        await eventually_async(lambda: hub.is_up)
+        connection = Connection(shared, Handshake(headers=(), scheme="http", address=""))
+        frame = json.dumps({"type": "connect", "grant": publisher.grant("7")})
+        connecting = tasks.create_task(connection.receive(frame))
+        await broker.has_read.wait()
+        publisher.disconnect(user="7")
+        await eventually_async(lambda: connection.send_queue.closed is not None)
+        broker.may_answer.set()
+        await connecting
+        assert connection.send_queue.closed is not None
+        assert connection.send_queue.closed[0] == DISCONNECTED
+        assert connection.id is None
+        connection.close()
+        for task in running:
+            task.cancel()
 
 
 @pytest.fixture

@@ -11,8 +11,14 @@ from starlette.routing import Mount, Router
 from starlette.types import ASGIApp
 
 from pubsub_mw.asgi import with_realtime
+from pubsub_mw.broker.codec import decode_request
+from pubsub_mw.broker.memory import AsyncMemoryBroker, memory_broker
+from pubsub_mw.grants import queue_key
+from pubsub_mw.model import ConnectionId, Handshake
 from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime import Realtime
+from pubsub_mw.realtime.lifecycle import Lifecycle
+from pubsub_mw.settings import Settings
 from tests.realtime.serving import Server, Servers
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import Frame, RawClient
@@ -251,3 +257,39 @@ async def test_a_report_is_never_too_late(on_redis: World) -> None:
     await eventually_async(lambda: asyncio.get_running_loop().time() > began + 2 * GRACE)
     await on_redis.serve(request_timeout=0.1)
     await on_redis.events_become(hello, "connect", "disconnect")
+
+
+class SlowBegin(AsyncMemoryBroker):
+    """A broker to which the report of a begin is long on its way."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(memory_broker(settings))
+        self.may_arrive = asyncio.Event()
+
+    async def report_begin(self, *args: Any, **options: Any) -> None:
+        await self.may_arrive.wait()
+        await super().report_begin(*args, **options)
+
+
+async def test_an_end_waits_for_the_report_of_its_begin(prefix: str) -> None:
+    settings = Settings.build("memory://", environ={}, prefix=prefix, lifecycle=PATH, lifecycle_grace=0)
+    broker = SlowBegin(settings)
+    lifecycle = Lifecycle(broker, settings, SECRET)
+    connection = ConnectionId("c")
+    for _ in range(2):
+        lifecycle.begin(connection, "7", "websocket", Handshake(headers=(), scheme="http", address=""))
+        lifecycle.end(connection)
+        is_over = asyncio.Event()
+        asyncio.get_running_loop().call_later(0, is_over.set)  # after the grace, which is as long
+        await is_over.wait()
+    broker.may_arrive.set()
+    queue = memory_broker(settings).queue("worker")
+    events: list[str] = []
+
+    async def are_told() -> bool:
+        taken = queue.take(10, 0)
+        events.extend(json.loads(decode_request(item.payload, queue_key(SECRET)).body)["event"] for item in taken)
+        return len(events) >= 4
+
+    await eventually_async(are_told)
+    assert events == ["connect", "disconnect"] * 2

@@ -366,6 +366,7 @@ class MemorySubscriber:
         self._broker = broker
         self._listener = listener
         self._channels: set[str] = set()
+        self._unconfirmed: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._is_up = False
 
@@ -375,7 +376,8 @@ class MemorySubscriber:
 
     def subscribe(self, channel: Channel) -> None:
         self._channels.add(channel)
-        self._loop.call_soon(self._confirm, channel)
+        self._unconfirmed.add(channel)
+        self._loop.call_soon(self._confirm_new, channel)
 
     def unsubscribe(self, channel: Channel) -> None:
         self._channels.discard(channel)
@@ -414,8 +416,14 @@ class MemorySubscriber:
         for channel in list(self._channels):
             self._confirm(channel)
 
+    def _confirm_new(self, channel: str) -> None:
+        # A link made since has confirmed it already; twice would mean that something may have gone by in between.
+        if channel in self._unconfirmed:
+            self._confirm(channel)
+
     def _confirm(self, channel: str) -> None:
         if self._is_up and channel in self._channels:
+            self._unconfirmed.discard(channel)
             self._listener.on_subscribed(channel)
 
     def _deliver(self, channel: str, publication: Publication) -> None:

@@ -152,12 +152,12 @@ class Connection:
                 raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
             elif isinstance(command, protocol.Subscribe):
                 if command.grant is not None:
-                    self._take_grant(command.grant, adds=True)
+                    await self._take_grant(command.grant, adds=True)
                 self._subscribe(command.channel, command.position)
             elif isinstance(command, protocol.Unsubscribe):
                 self._unsubscribe(command.channel)
             elif isinstance(command, protocol.RefreshGrant):
-                self._take_grant(command.grant)
+                await self._take_grant(command.grant)
             elif isinstance(command, protocol.Publish):
                 await self._publish(command)
             elif isinstance(command, protocol.RequestFrame) and self._requests is not None:
@@ -350,9 +350,12 @@ class Connection:
         self._schedule()
         return True
 
-    def _take_grant(self, token: str, *, adds: bool = False) -> None:
+    async def _take_grant(self, token: str, *, adds: bool = False) -> None:
         """Take a fresh grant instead of the present one, or, if it `adds`, beside it: what either allows is allowed,
-        until the first of the two expires. Whoever was nobody becomes its user."""
+        until the first of the two expires. Whoever was nobody becomes its user.
+
+        A present one of which something was revoked meanwhile is not added to: it must not get that back.
+        """
         try:
             grant = self._shared.verifier.verify(token, now=time.time())
         except GrantExpired as error:
@@ -362,16 +365,27 @@ class Connection:
         present = self._grant
         if self.user is not None and grant.user != self.user:
             raise FrameError(ErrorCode.GRANT_INVALID, "the grant is somebody else's; open a new connection with it")
-        if adds and present is not None:
+        if grant.issued_at <= self._revoked.get("*", -math.inf):
+            raise FrameError(ErrorCode.GRANT_INVALID, "the application ended what was granted until then")
+        was_nobody = self.user is None
+        if was_nobody and grant.user is not None:
+            # Entered under the user's name before that is looked up, as when a connection begins.
+            self._grant = grant
+            try:
+                await self._shared.control.look_up(self)
+            except BrokerUnavailable as error:
+                self._grant = present
+                raise FrameError(ErrorCode.UNAVAILABLE, "the broker does not answer; send the grant again") from error
+            if self.send_queue.closed is not None:
+                return
+        if adds and present is not None and max(self._revoked.values(), default=-math.inf) < present.issued_at:
             grant = dataclasses.replace(
                 grant,
+                issued_at=min(present.issued_at, grant.issued_at),
                 channels=tuple(dict.fromkeys(present.channels + grant.channels)),
                 publish=tuple(dict.fromkeys(present.publish + grant.publish)),
                 expires_at=min(present.expires_at, grant.expires_at),
             )
-        if grant.issued_at <= self._revoked.get("*", -math.inf):
-            raise FrameError(ErrorCode.GRANT_INVALID, "the application ended what was granted until then")
-        was_nobody = self.user is None
         self._grant = grant
         if was_nobody and grant.user is not None:
             self._listen_to_user(grant.user)

@@ -137,19 +137,21 @@ class Control:
 
     async def _say(self) -> None:
         """Publish claims, one batch after another, so that a later one never comes before an earlier one."""
-        while self._unsaid:
-            batch = dict(itertools.islice(self._unsaid.items(), _BATCH))
-            self._unsaid = {name: number for name, number in self._unsaid.items() if name not in batch}
-            drafts = [self._draft(connection, number) for connection, number in batch.items()]
-            try:
-                await self._broker.publish(drafts)
-            except BrokerUnavailable as error:
-                log.warning("other servers may still hold %d resumed connections: %s", len(batch), error)
-                for connection, number in batch.items():
-                    self._forget_claim(connection, number)
+        try:
+            while self._unsaid:
+                batch = dict(itertools.islice(self._unsaid.items(), _BATCH))
+                self._unsaid = {name: number for name, number in self._unsaid.items() if name not in batch}
+                drafts = [self._draft(connection, number) for connection, number in batch.items()]
+                try:
+                    await self._broker.publish(drafts)
+                except BrokerUnavailable as error:
+                    log.warning("other servers may still hold %d resumed connections: %s", len(batch), error)
+                    for connection, number in batch.items():
+                        self._forget_claim(connection, number)
+        finally:
+            self._saying = None
 
     def _on_said(self, task: "asyncio.Task[None]") -> None:
-        self._saying = None
         if not task.cancelled() and task.exception() is not None:
             log.error("claims were lost by a fault of the server", exc_info=task.exception())
 

@@ -18,6 +18,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import NoReturn
 
 from pubsub_mw.broker.codec import encode_request
@@ -32,6 +33,8 @@ __all__ = ["Lifecycle"]
 log = logging.getLogger("pubsub_mw")
 
 _KEPT_HEADERS = ("host", "origin", "user-agent")
+_Held = tuple[str | None, str, Handshake]
+"""A connection's user, transport and handshake."""
 
 
 class Lifecycle:
@@ -42,7 +45,7 @@ class Lifecycle:
         self._settings = settings
         self._key = queue_key(secret)
         self._server = secrets.token_urlsafe(12)
-        self._held: dict[ConnectionId, tuple[str | None, str, Handshake]] = {}
+        self._held: dict[ConnectionId, _Held] = {}
         self._broken: dict[ConnectionId, asyncio.TimerHandle] = {}
         self._last: dict[ConnectionId, asyncio.Task[None]] = {}  # what is being said about a connection
 
@@ -51,7 +54,7 @@ class Lifecycle:
         if self._settings.lifecycle:
             self._cancel(connection)
             self._held[connection] = (user, transport, handshake)
-            self._spawn(connection, self._begin)
+            self._spawn(connection, partial(self._begin, connection, self._held[connection], takes_over=True))
 
     def end(self, connection: ConnectionId) -> None:
         """Note that a connection broke or was closed."""
@@ -73,9 +76,9 @@ class Lifecycle:
         while True:
             try:
                 if not await self._broker.keep_lease(self._server, self._settings.presence_ttl):
-                    for connection in self._held:
+                    for connection, held in self._held.items():
                         if connection not in self._broken:
-                            self._spawn(connection, self._begin_again)
+                            self._spawn(connection, partial(self._begin, connection, held, takes_over=False))
             except BrokerUnavailable as error:
                 log.warning("lease not kept: %s", error)
             await asyncio.sleep(self._settings.presence_ttl / 3)
@@ -88,11 +91,10 @@ class Lifecycle:
     def _on_grace_over(self, connection: ConnectionId) -> None:
         del self._broken[connection]
         del self._held[connection]
-        self._spawn(connection, self._end)
+        self._spawn(connection, partial(self._broker.report_end, self._server, connection))
 
-    def _report(
-        self, event: str, connection: ConnectionId, user: str | None, transport: str, handshake: Handshake
-    ) -> bytes:
+    def _report(self, event: str, connection: ConnectionId, held: _Held) -> bytes:
+        user, transport, handshake = held
         headers = tuple((name, value) for name, value in handshake.headers if name in _KEPT_HEADERS)
         request = Request(
             connection=connection,
@@ -109,7 +111,7 @@ class Lifecycle:
         )
         return encode_request(request, self._key)
 
-    def _spawn(self, connection: ConnectionId, say: Callable[[ConnectionId], Coroutine[None, None, None]]) -> None:
+    def _spawn(self, connection: ConnectionId, say: Callable[[], Coroutine[None, None, None]]) -> None:
         task = asyncio.create_task(self._say(connection, say, self._last.get(connection)))
         self._last[connection] = task
         task.add_done_callback(lambda _: self._done(connection, task))
@@ -117,14 +119,14 @@ class Lifecycle:
     async def _say(
         self,
         connection: ConnectionId,
-        say: Callable[[ConnectionId], Coroutine[None, None, None]],
+        say: Callable[[], Coroutine[None, None, None]],
         before: "asyncio.Task[None] | None",
     ) -> None:
         if before is not None:
             await asyncio.wait({before})
         while True:
             try:
-                await say(connection)
+                await say()
                 return
             except BrokerUnavailable as error:
                 log.warning("connection %s is reported later: %s", connection, error)
@@ -136,19 +138,8 @@ class Lifecycle:
         if not task.cancelled() and task.exception() is not None:
             log.error("a lifecycle report was lost by a fault of the server", exc_info=task.exception())
 
-    async def _begin(self, connection: ConnectionId) -> None:
-        await self._enter(connection, takes_over=True)
-
-    async def _begin_again(self, connection: ConnectionId) -> None:
-        await self._enter(connection, takes_over=False)
-
-    async def _enter(self, connection: ConnectionId, *, takes_over: bool) -> None:
-        if connection in self._held:
-            user, transport, handshake = self._held[connection]
-            begin, end = (
-                self._report(event, connection, user, transport, handshake) for event in ("connect", "disconnect")
-            )
-            await self._broker.report_begin(self._server, connection, begin, end, takes_over=takes_over)
-
-    async def _end(self, connection: ConnectionId) -> None:
-        await self._broker.report_end(self._server, connection)
+    async def _begin(self, connection: ConnectionId, held: _Held, *, takes_over: bool) -> None:
+        begin, end = (self._report(event, connection, held) for event in ("connect", "disconnect"))
+        # One that broke while the broker was away may be somewhere else by now.
+        takes_over = takes_over and connection in self._held and connection not in self._broken
+        await self._broker.report_begin(self._server, connection, begin, end, takes_over=takes_over)
