@@ -1,14 +1,20 @@
 """The frames that wait for one client: order, bounds, and the end."""
 
 import asyncio
+from collections.abc import Generator
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from websockets.frames import Frame, Opcode
+from websockets.streams import StreamReader
 
 from pubsub_mw.errors import CloseCode
-from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.send_queue import Batch, SendQueue
 from tests.tools.clock import MS
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.anyio
 
@@ -160,6 +166,40 @@ async def test_a_close_lets_out_what_is_held() -> None:
     await asyncio.sleep(0)
     queue.close(CloseCode.BROKER_UNAVAILABLE, "")
     assert await reader == b"held"
+
+
+async def test_a_batch_is_put_as_its_frames_are_and_recovered_ones_are_not_bounded() -> None:
+    queue = SendQueue(100, 5)
+    queue.put_recovered_batch(Batch((b"r" * 90, b"r" * 90)))
+    queue.put_batch(Batch((b"a" * 60, b"b" * 30)))
+    queue.put_batch(Batch((b"c" * 10, b"d")))
+    assert queue.closed is not None
+    assert queue.closed[0] is CloseCode.SLOW
+    assert queue.take_nowait() == [b"r" * 90, b"r" * 90, b"a" * 60, b"b" * 30, b"c" * 10]
+
+
+@pytest.mark.parametrize("sizes", [[1], [125], [126], [65_535], [65_536], [0, 1, 126, 70_000, 125]])
+async def test_a_batch_reads_as_websocket_text_frames_to_a_client(sizes: list[int]) -> None:
+    batch = Batch(tuple(bytes([ord("a") + index]) * size for index, size in enumerate(sizes)))
+    assert batch.size == sum(sizes)
+    assert batch.websocket is batch.websocket, "made once"
+    reader = StreamReader()
+    reader.feed_data(batch.websocket)
+    reader.feed_eof()
+    for expected in batch.frames:
+        frame = finish(Frame.parse(reader.read_exact, mask=False))
+        assert (frame.opcode, frame.fin, frame.data) == (Opcode.TEXT, True, expected)
+    assert finish(reader.at_eof())
+
+
+def finish(reading: Generator[None, None, T]) -> T:
+    """Run one of the parser's generators, for which everything is there already."""
+    try:
+        next(reading)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("a frame is not whole")
 
 
 @given(st.lists(st.tuples(st.sampled_from(["live", "recovered", "take", "take all"]), st.integers(1, 40))))

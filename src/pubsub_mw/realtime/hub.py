@@ -26,7 +26,7 @@ from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.broker.presence import Notice
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
-from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.send_queue import Batch, SendQueue
 from pubsub_mw.realtime.subscription import GapReason, Next, Subscription, Track, catch_up
 from pubsub_mw.settings import Settings
 
@@ -185,10 +185,10 @@ class Hub:
     def _offer(self, channel: _Channel, track: Track, publication: Publication) -> None:
         verdict = track.offer(publication)
         if verdict is Next.NEXT:
-            frame, exclude = publication.frame, publication.exclude
+            batch, exclude = Batch((publication.frame,)), publication.exclude
             for subscription in channel.live:
                 if not exclude or subscription.connection != exclude:
-                    subscription.send_queue.put_nowait(frame)
+                    subscription.send_queue.put_batch(batch)
                 if publication.reply and subscription.on_reply is not None:
                     subscription.on_reply(publication.reply)
             self.publications_delivered += len(channel.live)

@@ -1,12 +1,15 @@
 """Keep the frames that wait for one client.
 
-In:     frames (UTF-8 JSON) from `hub` and `connection`, in the order they are to arrive
+In:     frames (UTF-8 JSON) from `hub` and `connection`, in the order they are to arrive; from `hub` as batches
 Out:    the same frames, to the transport's write loop; at the end, a close code
 Owns:   one deque and its byte counts; the bound is `send_queue_bytes`
-Never:  waits in `put_nowait`; drops a frame silently (a full queue closes the connection with SLOW)
+Never:  waits in a put; drops a frame silently (a full queue closes the connection with SLOW)
 
 Live frames count against the bound. Recovered ones do not: whoever puts them asks `is_low` first and, if it is not,
 leaves a callback with `when_low`, so that recovery goes at the pace of the client.
+
+A batch is handed to everybody who listens, so what can be made of it once is made once: a transport that writes
+WebSocket frames itself takes `Batch.websocket` as it is, in a `put_batch` of its own.
 """
 
 import asyncio
@@ -15,7 +18,45 @@ from collections.abc import Callable
 
 from pubsub_mw.errors import CloseCode
 
-__all__ = ["SendQueue"]
+__all__ = ["Batch", "SendQueue"]
+
+
+class Batch:
+    """Publications of one channel that go out together, in offset order. Immutable; one for all who get them.
+
+    Args:
+        frames: at least one, each UTF-8 JSON
+
+    Attributes:
+        frames: the same
+        size: bytes in all of them
+    """
+
+    __slots__ = ("_websocket", "frames", "size")
+
+    def __init__(self, frames: tuple[bytes, ...]) -> None:
+        self.frames = frames
+        self.size = sum(map(len, frames))
+        self._websocket: bytes | None = None
+
+    @property
+    def websocket(self) -> bytes:
+        """The frames as a server writes them to a WebSocket: text, whole, unmasked, without extensions.
+
+        Source: RFC 6455 5.2. Made when first asked for.
+        """
+        if self._websocket is None:
+            self._websocket = b"".join([part for frame in self.frames for part in (_websocket_header(frame), frame)])
+        return self._websocket
+
+
+def _websocket_header(frame: bytes) -> bytes:
+    size = len(frame)
+    if size < 126:
+        return bytes((0x81, size))
+    if size < 1 << 16:
+        return b"\x81\x7e" + size.to_bytes(2)
+    return b"\x81\x7f" + size.to_bytes(8)
 
 
 class SendQueue:
@@ -62,10 +103,22 @@ class SendQueue:
             self._live_bytes += size
             self._append(frame, size, size)
 
+    def put_batch(self, batch: Batch) -> None:
+        """Append live publications, as `put_nowait` does one after another. Called once per subscriber: it is the
+        innermost step of a fan-out.
+        """
+        for frame in batch.frames:
+            self.put_nowait(frame)
+
     def put_recovered_nowait(self, frame: bytes) -> None:
         """Append a frame from history; not bounded here but by `is_low`."""
         if self.closed is None:
             self._append(frame, len(frame), 0)
+
+    def put_recovered_batch(self, batch: Batch) -> None:
+        """Append publications from history, as `put_recovered_nowait` does one after another."""
+        for frame in batch.frames:
+            self.put_recovered_nowait(frame)
 
     def hold(self) -> None:
         """Keep what is put from now on until `release`, or until the queue closes."""
