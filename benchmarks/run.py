@@ -1,0 +1,107 @@
+"""Compare servers, each with the reference in C measured just before it.
+
+    python -m benchmarks.run [--servers pubsub-mw ...] [--scenarios fan-out ...] [--rounds 3] [--seconds 1.5]
+
+Needs Linux, two cores, redis-server, taskset and a C compiler. Everything is checked while it is measured: a server
+that loses, doubles or misorders a message has no number. One core belongs to the server that is measured; the load
+generator, which also publishes, and Redis have the other.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from benchmarks.loadgen import BUILD, Server, Wrong
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.servers import OTHERS, ours, reference
+
+__all__ = ["main"]
+
+REFERENCE = "C"
+Start = Callable[[], AbstractContextManager[Server]]
+
+
+def servers(command: str = "") -> dict[str, Start]:
+    return {
+        REFERENCE: reference,
+        "C-joining": lambda: reference("C-joining", "--join"),
+        "pubsub-mw": lambda: ours(command),
+    }
+
+
+def main() -> None:
+    known = servers()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--servers", nargs="+", choices=sorted(known), default=["pubsub-mw"])
+    parser.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
+    parser.add_argument("--command", default="", help="that starts pubsub-mw, with {port}; default: pubsub-mw realtime")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {OTHERS})
+    known = servers(options.command)
+    rows: list[dict[str, Any]] = []
+    for _ in range(options.rounds):
+        for name in options.servers:
+            for row in compare(name, known[name], options.scenarios, options.seconds):
+                rows.append(row)
+                say(row)
+    print()
+    for name in options.servers:
+        for scenario in options.scenarios:
+            summarise(name, scenario, [row for row in rows if (row["server"], row["scenario"]) == (name, scenario)])
+
+
+def compare(name: str, start: Start, scenarios: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Measure the reference and a server, scenario by scenario, with both started anew."""
+    found = []
+    with reference() as measure, start() as server:
+        for scenario in scenarios:
+            known = SCENARIOS[scenario]
+            row: dict[str, Any] = {"at": time.time(), "server": name, "scenario": scenario}
+            row["reference"] = known.measure(measure, seconds)
+            try:
+                row["result"] = known.measure(server, seconds)
+            except Wrong as error:
+                row["wrong"] = str(error)
+            found.append(row)
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "results.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in found)
+    return found
+
+
+def say(row: dict[str, Any]) -> None:
+    if "wrong" in row:
+        print(f"{row['server']} {row['scenario']}: {row['wrong']}", file=sys.stderr)
+        return
+    unit, mine, its = SCENARIOS[row["scenario"]].unit, row["result"], row["reference"]
+    text = f"{row['server']} {row['scenario']}: {mine['value']:,.2f} {unit}, C {its['value']:,.2f} {unit}"
+    if its["value"]:
+        text += f", ratio {mine['value'] / its['value']:.3f}"
+    for key in ("server_us_per_delivery", "server_cpu_share", "idle_share", "cpu_share"):
+        if key in mine:
+            text += f", {key} {mine[key]:.2f} ({its[key]:.2f})"
+    print(text, flush=True)
+
+
+def summarise(name: str, scenario: str, rows: list[dict[str, Any]]) -> None:
+    good = [row for row in rows if "result" in row]
+    if not good:
+        return
+    value = statistics.median(row["result"]["value"] for row in good)
+    text = f"{name} {scenario}: median {value:,.2f} {SCENARIOS[scenario].unit}"
+    ratios = [row["result"]["value"] / row["reference"]["value"] for row in good if row["reference"]["value"]]
+    if ratios:
+        text += f", median ratio {statistics.median(ratios):.3f} of {len(ratios)} rounds"
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
