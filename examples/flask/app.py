@@ -1,79 +1,74 @@
 """Chat rooms, live: a Flask app that stays stateless and synchronous.
 
-Two lines are the realtime part, the wrap and the call of `publish`. The page asks for one thing more, the position
-that it goes on from: read before the messages are, so that none can fall between the page and its subscription.
+Two lines make it live, the wrap and the call of `publish`. A page also says from which position it goes on, read before
+the messages, so that none falls between; and whoever logs out is disconnected.
 """
 
 import os
-import re
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from functools import partial
 from uuid import uuid4
 
-from flask import Flask, abort, redirect, render_template, request, url_for
-from werkzeug.routing import BaseConverter
+from flask import Flask, abort, redirect, render_template, request, session, url_for
+from letter import letter
+from rooms import RoomConverter, add_message, recent_messages, recent_rooms, room_named
 
-from pubsub_mw import PubSub
+from pubsub_mw import PubSub, PubSubError
 
 app = Flask(__name__)
 app.wsgi_app = PubSub(app.wsgi_app)
-app.config["REALTIME_URL"] = os.environ.get("REALTIME_URL", "/realtime")
-app.config["CHAT_DB"] = os.environ.get("CHAT_DB", os.path.join(app.instance_path, "chat.sqlite3"))
-
-
-class RoomConverter(BaseConverter):
-    regex = "[a-z0-9][a-z0-9-]{0,39}"  # part of a channel's name too, so no more than a channel allows
-
-
+app.secret_key = os.environ.get("CHAT_SECRET", "for development only")  # signs the session
+app.config["SESSION_COOKIE_SAMESITE"] = "Lax"  # no other site can post as the visitor
 app.url_map.converters["room"] = RoomConverter
-
-
-@contextmanager
-def database() -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(app.config["CHAT_DB"])) as db, db:  # commits at the end, or rolls back, and closes
-        db.row_factory = sqlite3.Row
-        yield db
-
-
-os.makedirs(os.path.dirname(os.path.abspath(app.config["CHAT_DB"])), exist_ok=True)
-with database() as db:
-    db.execute("""CREATE TABLE IF NOT EXISTS messages (id INTEGER PRIMARY KEY, room TEXT, name TEXT, text TEXT,
-        sent TEXT DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ')), key TEXT, UNIQUE (room, key))""")
+app.register_blueprint(letter)
 
 
 @app.get("/")
 def index():
-    room = re.sub("[^a-z0-9]+", "-", request.args.get("room", "").lower()).strip("-")[:40]
-    return redirect(url_for("show_room", room=room or "lobby"))
+    return redirect(url_for("show_room", room=room_named(request.args.get("room", ""))), 303)
+
+
+@app.post("/session")
+def log_in_or_out():  # whoever says a name has it: here goes a login of your own
+    response = redirect(url_for("index", room=request.form.get("room")), 303)
+    if session:  # the connections of the visitor's other windows end as well, as soon as this answer is sent
+        response.call_on_close(partial(request.environ["pubsub.publisher"].disconnect, user=session["user"]))
+    session.clear()
+    if name := request.form.get("name", "").strip()[:40]:
+        session.update(name=name, user=uuid4().hex)
+    return response
+
+
+@app.get("/grant")
+def grant():
+    return {"grant": request.environ["pubsub.publisher"].grant(user=session.get("user"))}
 
 
 @app.get("/rooms/<room:room>")
 def show_room(room):
-    position = request.environ["pubsub.publisher"].position(f"room:{room}")
-    with database() as db:
-        recent = db.execute("SELECT room FROM messages GROUP BY room ORDER BY max(id) DESC LIMIT 6")
-        rooms = {"lobby": 1, room: 1} | {row["room"]: 1 for row in recent}
-    return render_template("room.html", room=room, rooms=rooms, position=position, messages=messages(room), key=uuid4())
+    try:
+        position = request.environ["pubsub.publisher"].position(f"room:{room}")
+    except PubSubError as error:  # the page is good without it, and says that it is not live
+        app.logger.error("a page goes out that is not live: %s", error)
+        position = ""
+    rooms = dict.fromkeys(["lobby", room, *recent_rooms()])
+    page = {"room": room, "rooms": rooms, "position": position, "messages": recent_messages(room), "key": uuid4()}
+    return render_template("room.html", **page)
 
 
 @app.get("/rooms/<room:room>/messages")
 def messages(room):
-    with database() as db:
-        rows = db.execute("SELECT id, name, text, sent FROM messages WHERE room = ? ORDER BY id DESC LIMIT 50", [room])
-        return [dict(row) for row in rows][::-1]
+    return recent_messages(room)
 
 
 @app.post("/rooms/<room:room>/messages")
 def say(room):
-    name, text, key = (request.form.get(field, "").strip() for field in ("name", "text", "key"))
-    if not (0 < len(name) <= 40 and 0 < len(text) <= 2000 and 0 < len(key) <= 40):
+    if "name" not in session:
+        abort(401)
+    text, key = request.form.get("text", "").strip(), request.form.get("key", "").strip()
+    if not (0 < len(text) <= 2000 and 0 < len(key) <= 40):
         abort(400)
-    with database() as db:  # committed before it is published: whoever is told of a message can read it
-        insert = "INSERT INTO messages (room, name, text, key) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
-        db.execute(insert, [room, name, text, key])
-        row = db.execute("SELECT id, name, text, sent FROM messages WHERE room = ? AND key = ?", [room, key]).fetchone()
+    message = add_message(room, session["name"], text, key)
     publish = request.environ["pubsub.publish"]
-    publish(f"room:{room}", dict(row), idempotency_key=key)  # sent twice by an unlucky browser, shown once
+    publish(f"room:{room}", message, idempotency_key=key)  # sent twice by an unlucky browser, shown once
     wants_json = request.accept_mimetypes.best == "application/json"
-    return (dict(row), 201) if wants_json else redirect(url_for("show_room", room=room), 303)
+    return (message, 201) if wants_json else redirect(url_for("show_room", room=room), 303)

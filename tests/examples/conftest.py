@@ -2,16 +2,20 @@
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
-from playwright.async_api import Browser, Page
+from playwright.async_api import Browser, Page, Request
 
-from tests.tools.browser import open_page
+from tests.tools.browser import PageErrors, open_page
 from tests.tools.clock import MS, eventually_async
+from tests.tools.nginx import Nginx
 from tests.tools.ports import free_port
 from tests.tools.redis_server import RedisServer
 from tests.tools.servers import PROJECT, Processes, Served
@@ -25,6 +29,7 @@ class Example:
     app: str
     page: str  # path
     messages: str  # path of what is posted and listed
+    requests: str  # `PUBSUB_REQUESTS` of a deployment
     newest_first: bool
 
 
@@ -33,6 +38,7 @@ FLASK = Example(
     app="app:app",
     page="/rooms/lobby",
     messages="/rooms/lobby/messages",
+    requests="/rooms/*/messages /letter/text",
     newest_first=False,
 )
 DJANGO = Example(
@@ -40,6 +46,7 @@ DJANGO = Example(
     app="comments.wsgi:application",
     page="/",
     messages="/comments",
+    requests="/comments",
     newest_first=True,
 )
 
@@ -49,24 +56,36 @@ class Site:
     """A running example."""
 
     example: Example
-    app: Served
+    address: str  # where a visitor finds it
     processes: Processes
     env: dict[str, str] = field(repr=False)
-    realtime: Served | None = None  # None: in the app's process
+    app: Served
+    nginx: Nginx | None = None  # this and the rest: None in one process
+    realtime: Served | None = None
+    worker: Served | None = None
 
     @property
     def url(self) -> str:
-        return self.app.url + self.example.page
+        return self.address + self.example.page
 
     @property
     def messages_url(self) -> str:
-        return self.app.url + self.example.messages
+        return self.address + self.example.messages
 
-    def start_realtime(self) -> Served:
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """What knows HTTP and nothing else."""
+        trust = self.nginx.trust if self.nginx else True
+        return httpx.AsyncClient(base_url=self.address, verify=trust, **options)
+
+    def start_realtime(self, port: int | None = None) -> Served:
         """Start the realtime server, again on the port it had."""
-        port = self.realtime.port if self.realtime else int(self.env["REALTIME_PORT"])
+        port = self.realtime.port if self.realtime else port
         self.realtime = self.processes.uvicorn(env=self.env, port=port)
         return self.realtime
+
+    def start_worker(self) -> Served:
+        self.worker = self.processes.pubsub_mw("worker", self.example.app, env=self.env, cwd=self.example.folder)
+        return self.worker
 
 
 class Window:
@@ -74,28 +93,44 @@ class Window:
 
     def __init__(self, page: Page, site: Site) -> None:
         self.page = page
+        self.posted: list[str] = []  # paths that were posted to by HTTP
         self._newest_first = site.example.newest_first
+        page.on("request", self._on_request)
 
-    async def write(self, text: str, name: str = "Ada") -> None:
+    def _on_request(self, request: Request) -> None:
+        if request.method == "POST":
+            self.posted.append(urlsplit(request.url).path)
+
+    async def log_in(self, name: str) -> None:
+        await self.page.fill("#name", name)
+        async with self.page.expect_navigation():
+            await self.page.click("form:has(#name) button")
+        assert await self.name() == name
+
+    async def log_out(self) -> None:
+        async with self.page.expect_navigation():
+            await self.page.click("#leave")
+        assert not await self.name()
+
+    async def name(self) -> str | None:
+        return await self.page.get_attribute("body", "data-name")
+
+    async def write(self, text: str) -> None:
         """Fill in the form, send it, and wait until it went through."""
-        await self.fill_in(text, name)
+        await self.page.fill("#text", text)
         await self.send()
         await self.has_sent()
 
-    async def fill_in(self, text: str, name: str = "Ada") -> None:
-        await self.page.fill("form[method=post] [name=name]", name)
-        await self.page.fill("form[method=post] [name=text]", text)
-
     async def send(self) -> None:
-        await self.page.click("form[method=post] button")
+        await self.page.click("form:has(#text) button")
 
     async def has_sent(self) -> None:
         """Wait until the page says that it went through by emptying the field."""
 
         async def is_so() -> bool:
-            return await self.page.input_value("form[method=post] [name=text]") == ""
+            return await self.page.input_value("#text") == ""
 
-        await eventually_async(is_so, message="the page did not send")
+        await eventually_async(is_so, 15_000 * MS, message="the page did not send")
 
     async def texts(self) -> list[str]:
         """What the page shows, oldest first."""
@@ -121,7 +156,8 @@ class Window:
         await eventually_async(is_so, 15_000 * MS, f"the page does not show {texts}")
 
 
-OpenWindow = Callable[[Site], Awaitable[Window]]
+class OpenWindow(Protocol):
+    def __call__(self, site: Site, name: str | None = "Ada", beside: Window | None = None) -> Awaitable[Window]: ...
 
 
 @pytest.fixture(params=[FLASK, DJANGO], ids=["flask", "django"])
@@ -144,7 +180,7 @@ def env(example: Example, tmp_path: Path) -> dict[str, str]:
 def one_process(example: Example, env: dict[str, str], processes: Processes) -> Site:
     """As in development: `pubsub-mw serve`, publications go through memory."""
     served = processes.pubsub_mw("serve", example.app, env=env, cwd=example.folder, ready_path="/realtime/health")
-    return Site(example=example, app=served, processes=processes, env=env)
+    return Site(example=example, address=served.url, app=served, processes=processes, env=env)
 
 
 @pytest.fixture
@@ -155,21 +191,27 @@ def settings() -> dict[str, str]:
 
 @pytest.fixture
 def deployment(
-    example: Example, env: dict[str, str], settings: dict[str, str], processes: Processes, own_redis: RedisServer
+    example: Example,
+    env: dict[str, str],
+    settings: dict[str, str],
+    processes: Processes,
+    own_redis: RedisServer,
+    tmp_path: Path,
 ) -> Site:
-    """As in production: two processes of the app, one realtime server at an origin of its own, Redis between them."""
-    app_port, realtime_port = free_port(), free_port()
+    """As in production: two processes of the app, a realtime server and a worker, behind nginx and TLS."""
     env |= {
         "PUBSUB_URL": own_redis.url,
         "PUBSUB_SECRET": "a secret of thirty-two bytes or more",
-        "PUBSUB_ORIGINS": f"http://127.0.0.1:{app_port}",
-        "REALTIME_URL": f"http://127.0.0.1:{realtime_port}/realtime",
-        "REALTIME_PORT": str(realtime_port),
+        "PUBSUB_REQUESTS": example.requests,
+        "PUBSUB_DRAIN": "1",
         **settings,
     }
-    app = processes.gunicorn(example.app, env=env, port=app_port, cwd=example.folder, ready_path=example.page)
-    site = Site(example=example, app=app, processes=processes, env=env)
-    site.start_realtime()
+    app = processes.gunicorn(example.app, env=env, cwd=example.folder, ready_path=example.page)
+    realtime_port = free_port()
+    nginx = Nginx(processes, tmp_path, app.port, [realtime_port])
+    site = Site(example=example, address=nginx.url, processes=processes, env=env, app=app, nginx=nginx)
+    site.start_realtime(realtime_port)
+    site.start_worker()
     return site
 
 
@@ -182,18 +224,25 @@ def site(request: pytest.FixtureRequest, example: Example) -> Site:  # noqa: ARG
 
 @pytest.fixture
 async def open_window(browser: Browser) -> AsyncIterator[OpenWindow]:
-    """Open windows that close with the test: `ada = await open_window(site)`, when it is live. They share nothing.
+    """Open windows that close with the test: `ada = await open_window(site)`, when it is live.
 
+    Each is a browser of its own and logged in under `name` (None: not), or a second window of the browser `beside`.
     An error that no script in them catches fails the test.
     """
     async with AsyncExitStack() as stack:
         opened = []
 
-        async def open_one(site: Site) -> Window:
-            page, errors = await stack.enter_async_context(open_page(browser))
+        async def open_one(site: Site, name: str | None = "Ada", beside: Window | None = None) -> Window:
+            if beside is None:
+                page, errors = await stack.enter_async_context(open_page(browser))
+            else:
+                page = await beside.page.context.new_page()
+                errors = PageErrors(page)
             opened.append(errors)
             window = Window(page, site)
             await page.goto(site.url)
+            if name is not None and beside is None:
+                await window.log_in(name)
             await window.becomes("connected")
             return window
 

@@ -1,9 +1,13 @@
 """What the chat promises beyond what both examples do."""
 
-import httpx
+import asyncio
+import re
+
 import pytest
+from playwright.async_api import Page
 
 from tests.examples.conftest import FLASK, OpenWindow, Site
+from tests.tools.clock import MS
 
 pytestmark = [
     pytest.mark.anyio,
@@ -13,7 +17,7 @@ pytestmark = [
 
 
 async def test_the_front_door_leads_to_a_room_whatever_its_name(one_process: Site) -> None:
-    async with httpx.AsyncClient(base_url=one_process.app.url) as client:
+    async with one_process.client() as client:
         for asked, room in {"": "lobby", "Tea & Cake!": "tea-cake", "../../x": "x", "日本": "lobby"}.items():
             answer = await client.get("/", params={"room": asked})
             assert answer.headers["Location"] == f"/rooms/{room}"
@@ -22,7 +26,7 @@ async def test_the_front_door_leads_to_a_room_whatever_its_name(one_process: Sit
 
 
 async def test_rooms_do_not_hear_each_other(one_process: Site, open_window: OpenWindow) -> None:
-    ada, basho = await open_window(one_process), await open_window(one_process)
+    ada, basho = await open_window(one_process), await open_window(one_process, "Basho")
     await basho.page.fill("#new-room", "Tea & Cake")
     await basho.page.press("#new-room", "Enter")
     await basho.page.wait_for_url("**/rooms/tea-cake")
@@ -34,36 +38,102 @@ async def test_rooms_do_not_hear_each_other(one_process: Site, open_window: Open
     await ada.shows("in the lobby")
     await basho.shows("over tea")
     await ada.page.reload()
-    assert await ada.page.locator("nav a").all_inner_texts() == ["lobby", "tea-cake"]
+    assert await ada.page.locator("nav a:not(.aside)").all_inner_texts() == ["lobby", "tea-cake"]
 
 
-async def test_each_window_has_a_name_of_its_own_and_knows_its_own_messages(
-    one_process: Site, open_window: OpenWindow
-) -> None:
-    ada, basho = await open_window(one_process), await open_window(one_process)
-    async with ada.page.context.expect_page() as opening:
-        await ada.page.click("#second-window")
-    second = await opening.value
-    await second.wait_for_selector("[data-state=connected]")
-    names = {await page.input_value("[name=name]") for page in (ada.page, second)}
-    assert len(names - {""}) == 2
+async def test_a_window_knows_its_own_messages(one_process: Site, open_window: OpenWindow) -> None:
+    ada, basho = await open_window(one_process), await open_window(one_process, "Basho")
 
-    await ada.write("mine", name="Ada")
-    await basho.write("yours", name="Basho")
+    await ada.write("mine")
+    await basho.write("yours")
     await ada.shows("mine", "yours")
 
     assert await ada.page.locator(".mine .text").all_inner_texts() == ["mine"]
     await ada.page.reload()
-    assert await ada.page.input_value("[name=name]") == "Ada"
     assert await ada.page.locator(".mine .text").all_inner_texts() == ["mine"]
 
 
+async def test_a_logout_is_felt_in_the_other_windows_of_the_browser(site: Site, open_window: OpenWindow) -> None:
+    first, basho = await open_window(site), await open_window(site, "Basho")
+    second = await open_window(site, beside=first)
+    assert await second.name() == "Ada"
+    await second.write("still here")
+
+    await first.log_out()
+
+    await second.page.wait_for_selector("#join")
+    await second.becomes("connected")
+    await first.log_in("Carmen")
+    await first.becomes("connected")
+    await first.write("somebody else now")
+    await basho.write("and I am the same")
+    for window in (first, second, basho):
+        await window.shows("still here", "somebody else now", "and I am the same")
+
+
 async def test_a_room_shows_its_last_fifty_messages(one_process: Site, open_window: OpenWindow) -> None:
-    async with httpx.AsyncClient(headers={"Accept": "application/json"}) as client:
+    async with one_process.client(headers={"Accept": "application/json"}) as client:
+        await client.post("/session", data={"name": "Ada"})
         for number in range(60):
-            message = {"name": "Ada", "text": f"message {number}", "key": f"key {number}"}
+            message = {"text": f"message {number}", "key": f"key {number}"}
             assert (await client.post(one_process.messages_url, data=message)).status_code == 201
 
     window = await open_window(one_process)
 
     await window.shows(*(f"message {number}" for number in range(10, 60)))
+
+
+@pytest.mark.parametrize("replaced", ["realtime", "worker", "nginx"])
+async def test_a_letter_goes_on_in_the_middle_after_a_part_of_the_deployment_was_replaced(
+    deployment: Site, browser_page: Page, replaced: str
+) -> None:
+    await browser_page.goto(deployment.address + "/letter")
+    await browser_page.wait_for_selector("[data-state=connected]")
+    await browser_page.click("#write")
+    await _reads(browser_page, "Somewhere a worker runs")
+
+    if replaced == "realtime":
+        assert deployment.realtime is not None
+        deployment.realtime.kill()
+        await browser_page.wait_for_selector("[data-state=waiting]")
+        before = await browser_page.inner_text("#text")
+        await asyncio.to_thread(deployment.start_realtime)
+        assert not before.endswith("a view")
+    elif replaced == "worker":
+        assert deployment.worker is not None
+        deployment.worker.kill()
+        deployment.start_worker()
+    else:
+        assert deployment.nginx is not None
+        deployment.nginx.reload()
+
+    await _reads(browser_page, "a view")
+    await browser_page.wait_for_selector("#write:enabled")
+    assert await browser_page.text_content("#text") == _letter()
+    assert await browser_page.inner_text("#problem") == ""
+
+
+async def test_a_letter_that_is_stopped_ends_for_its_writer_too(one_process: Site, browser_page: Page) -> None:
+    await browser_page.goto(one_process.address + "/letter")
+    await browser_page.click("#write")
+    await _reads(browser_page, "Dear reader")
+
+    await browser_page.click("#stop")
+    await browser_page.wait_for_selector("#write:enabled")
+    text = await browser_page.text_content("#text")
+    assert text
+    assert _letter().startswith(text)
+    one_process.app.wait_for_log("the letter was not read to its end")
+    await browser_page.click("#write")
+    await _reads(browser_page, "a view")
+    assert await browser_page.text_content("#text") == _letter()
+
+
+async def _reads(page: Page, text: str) -> None:
+    await page.locator("#text", has_text=text).wait_for(timeout=1000 * 30_000 * MS)
+
+
+def _letter() -> str:
+    match = re.search(r'(?s)TEXT = """\\\n(.*)"""', (FLASK.folder / "letter.py").read_text())
+    assert match
+    return match[1].replace("\\\n", "")

@@ -5,6 +5,7 @@
 `redis_server`  a private Redis that can be killed, restarted and paused
 `tcp_proxy`     a network between any two ends that can freeze, lose, delay, cut and refuse
 `servers`       uvicorn, gunicorn and `pubsub-mw` as processes
+`nginx`         nginx with the configuration of docs/deploy/, over TLS
 `raw_client`    a WebSocket client that knows the wire and nothing else
 `browser`       a headless Chromium
 

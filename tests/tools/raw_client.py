@@ -9,6 +9,7 @@ Never:  imports `pubsub_mw`, so that a mistake in it cannot cancel itself out he
 import asyncio
 import json
 from collections.abc import Mapping
+from ssl import SSLContext
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection
@@ -50,6 +51,7 @@ class RawClient:
         *,
         origin: str | None = None,
         headers: Mapping[str, str] | None = None,
+        ssl: SSLContext | None = None,
         answer_pings: bool = True,
         timeout: float = 5000 * MS,
     ) -> "RawClient":
@@ -58,6 +60,7 @@ class RawClient:
             url,
             origin=None if origin is None else Origin(origin),
             additional_headers=dict(headers or {}),
+            ssl=ssl,
             compression=None,
             ping_interval=None,
             proxy=None,

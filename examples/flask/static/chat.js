@@ -1,16 +1,27 @@
-import { connect } from "pubsub-mw"; // the page's import map says where it is: {realtime}/client.js
+import { connect } from "pubsub-mw"; // the page's import map says where it is: /realtime/client.js
 
 const find = (id) => document.getElementById(id);
 const [list, log, form] = [find("messages"), find("log"), find("say")];
+const me = document.body.dataset.name;
 
 // --- live: everything that this page knows of realtime
 
-const realtime = connect();
+// Who this is, so that a logout in another window ends this one's connection.
+const grant = async () => (await (await fetch("/grant")).json()).grant;
+const realtime = connect(me ? { grant } : {});
+realtime.on("error", ({ code }) => code === 3503 && location.reload());
 
 realtime.subscribe(list.dataset.channel, show, {
-  position: list.dataset.position, // what was said since the page was made comes first
+  position: list.dataset.position || null, // what was said since the page was made comes first
   onGap: refetch, // too long away, or the history was lost: ask the app
+  async onSubscribed() {
+    if (!find("notice").hidden) await refetch(); // the page could not be told its position
+    find("notice").hidden = true;
+  },
 });
+
+/** Over the connection while there is one, else by HTTP. It is the same view. */
+const send = (...request) => (realtime.state === "connected" ? realtime : window).fetch(...request);
 
 const words = { connecting: "connecting…", connected: "live", waiting: "offline, trying again…", closed: "disconnected: reload" };
 function showState() {
@@ -55,7 +66,7 @@ function decorate(item) {
   const hue = [...name].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 360, 7);
   item.style.setProperty("--hue", hue);
   item.querySelector(".avatar").textContent = [...name][0].toUpperCase();
-  item.classList.toggle("mine", name === form.elements.name.value.trim());
+  item.classList.toggle("mine", name === me);
   time.textContent = new Date(time.dateTime).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 }
 
@@ -75,17 +86,17 @@ document.addEventListener("visibilitychange", () => {
   document.title = `#${room}`;
 });
 
-// --- saying something: a plain POST of the form
+// --- saying something: the form as it is
 
-form.addEventListener("submit", async (event) => {
+form?.addEventListener("submit", async (event) => {
   event.preventDefault();
   const { text } = form.elements;
-  const body = new FormData(form);
   const button = form.querySelector("button");
   button.disabled = true;
   try {
-    const answer = await fetch(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
-    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
+    const body = new FormData(form);
+    const answer = await send(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+    if (!answer.ok) throw new Error(answer.status === 401 ? "you are logged out: reload" : `the server answered ${answer.status}`);
     show(await answer.json());
     toEnd();
     text.value = "";
@@ -98,23 +109,15 @@ form.addEventListener("submit", async (event) => {
 });
 
 // Another text is another message. The same one sent again, because no answer came, has the key it had.
-form.elements.text.addEventListener("input", () => {
+form?.elements.text.addEventListener("input", () => {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   form.elements.key.value = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 });
 
-// --- the name: this window's own, so that two windows can be two people
+// --- a name to begin with
 
 const names = "Ada Basho Carmen Dilip Edda Farid Greta Hana Ines Jonas Kofi Lena Milo Nora Omar Pia Rumi Sol Tove Yuki".split(" ");
-if (!sessionStorage.name) {
-  localStorage.windows = Number(localStorage.windows ?? Math.floor(Math.random() * names.length)) + 1;
-  sessionStorage.name = names[localStorage.windows % names.length];
-}
-form.elements.name.value = sessionStorage.name;
-form.elements.name.addEventListener("input", () => {
-  sessionStorage.name = form.elements.name.value;
-  for (const item of list.children) decorate(item);
-});
+if (find("name")) find("name").value = names[Math.floor(Math.random() * names.length)];
 
 find("second-window").addEventListener("click", (event) => {
   event.preventDefault();

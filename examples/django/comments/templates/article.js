@@ -1,4 +1,4 @@
-import { connect } from "pubsub-mw"; // the page's import map says where it is: {realtime}/client.js
+import { connect } from "pubsub-mw"; // the page's import map says where it is: /realtime/client.js
 
 const find = (id) => document.getElementById(id);
 const [list, form] = [find("comments"), find("write")];
@@ -8,9 +8,21 @@ const [list, form] = [find("comments"), find("write")];
 const realtime = connect();
 
 realtime.subscribe(list.dataset.channel, show, {
-  position: list.dataset.position, // what was written since the page was made comes first
-  onGap: async () => (await (await fetch(form.action)).json()).forEach(show), // the history was lost: ask the app
+  position: list.dataset.position || null, // what was written since the page was made comes first
+  onGap: refetch, // the history was lost: ask the app
+  async onSubscribed() {
+    if (!find("notice").hidden) await refetch(); // the page could not be told its position
+    find("notice").hidden = true;
+  },
 });
+
+async function refetch() {
+  (await (await fetch(list.dataset.url)).json()).forEach(show);
+}
+
+/** Over the connection while there is one, else by HTTP. It is the same view. */
+const send = (...request) => (realtime.state === "connected" ? realtime : window).fetch(...request);
+
 
 const words = { connecting: "connecting…", connected: "live", waiting: "offline, trying again…", closed: "disconnected: reload" };
 function showState() {
@@ -43,19 +55,20 @@ function localTime(item) {
 }
 for (const item of list.children) localTime(item);
 
-// --- writing one: a plain POST of the form, Django's CSRF token in it
+// --- writing one: the form as it is, Django's CSRF token in it
 
-form.addEventListener("submit", async (event) => {
+form?.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const { name, text } = form.elements;
+  const { text } = form.elements;
   const button = form.querySelector("button");
   button.disabled = true;
   try {
-    const answer = await fetch(form.action, { method: "POST", body: new FormData(form), headers: { Accept: "application/json" } });
+    const body = new FormData(form);
+    const answer = await send(form.action, { method: "POST", body, headers: { Accept: "application/json" } });
+    if ([401, 403].includes(answer.status)) throw new Error("you are logged out: reload");
     if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
     show(await answer.json());
     text.value = "";
-    localStorage.name = name.value;
     find("problem").textContent = "";
   } catch (problem) {
     find("problem").textContent = `Not sent (${problem.message}). Your comment is still here: try again.`;
@@ -64,9 +77,7 @@ form.addEventListener("submit", async (event) => {
 });
 
 // Another text is another comment. The same one sent again, because no answer came, has the key it had.
-form.elements.text.addEventListener("input", () => {
+form?.elements.text.addEventListener("input", () => {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   form.elements.key.value = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 });
-
-form.elements.name.value ||= localStorage.name ?? "";
