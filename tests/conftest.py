@@ -15,6 +15,7 @@ from playwright.async_api import Browser, Page
 from tests.tools.browser import PageErrors, open_browser, open_page
 from tests.tools.clock import MS
 from tests.tools.raw_client import RawClient
+from tests.tools.raw_stream import RawStream
 from tests.tools.redis_server import RedisServer
 from tests.tools.servers import Processes
 from tests.tools.tcp_proxy import TcpProxy
@@ -128,6 +129,20 @@ async def raw_client() -> AsyncIterator[Callable[..., Awaitable[RawClient]]]:
     yield connect
     for client in clients:
         await client.close()
+
+
+@pytest.fixture
+async def raw_stream() -> AsyncIterator[Callable[..., Awaitable[RawStream]]]:
+    """Open streams that close with the test: `stream = await raw_stream(url, params=..., headers=...)`."""
+    streams: list[RawStream] = []
+
+    async def connect(url: str, **options: Any) -> RawStream:
+        streams.append(await RawStream.open(url, **options))
+        return streams[-1]
+
+    yield connect
+    for stream in streams:
+        await stream.close()
 
 
 @pytest.fixture(scope="module")

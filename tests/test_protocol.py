@@ -277,3 +277,19 @@ def test_a_message_frame_is_one_line_of_json_whatever_it_carries(event: str, dat
         "data": data,
         "position": "e.1.t",
     }
+
+
+@given(
+    st.text("ABCxyz019_.,:;=@/-", min_size=1),
+    st.text(min_size=1, max_size=20),
+    st.recursive(
+        st.none() | st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    ),
+)
+def test_a_message_comes_apart_as_it_was_put_together(channel: str, event: str, data: object) -> None:
+    encoded = json.dumps(data).encode()
+    parts = protocol.split_message(protocol.message_head(channel, event, encoded) + b"e.7.t" + protocol.message_tail)
+    assert parts is not None
+    assert (parts.channel, json.loads(b'"%b"' % parts.event), bytes(parts.data)) == (channel, event, encoded)
+    assert parts.position == "e.7.t"
+    assert protocol.split_message(protocol.PING) is None

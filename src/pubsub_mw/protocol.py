@@ -66,6 +66,7 @@ __all__ = [
     "Cancel",
     "Command",
     "Connect",
+    "MessageParts",
     "Pong",
     "Publish",
     "RefreshGrant",
@@ -86,6 +87,7 @@ __all__ = [
     "response_end_head",
     "response_head",
     "response_start_head",
+    "split_message",
     "subscribed",
     "unsubscribed",
 ]
@@ -334,6 +336,35 @@ def message_head(channel: str, event: str, data: bytes) -> bytes:
 
 message_tail = b'"}'
 """What closes a frame after its position."""
+
+_MESSAGE = re.compile(rb'\{"type":"message","channel":"([^"\\]+)","event":"((?:[^"\\]|\\.)*)","data":')
+
+
+@dataclass(frozen=True, slots=True)
+class MessageParts:
+    """A `message` frame taken apart.
+
+    Attributes:
+        channel: its name
+        event: JSON, without its quotes
+        data: JSON, as it was published
+        position: its text
+    """
+
+    channel: str
+    event: bytes
+    data: memoryview
+    position: str
+
+
+def split_message(frame: bytes) -> MessageParts | None:
+    """Take a `message` frame apart, without reading its data; None = it is another one."""
+    head = _MESSAGE.match(frame)
+    if head is None:
+        return None
+    end = frame.rindex(b',"position":"')
+    position = frame[end + 13 : -len(message_tail)].decode()
+    return MessageParts(head[1].decode(), head[2], memoryview(frame)[head.end() : end], position)
 
 
 def response_head(request_id: str, status: int, headers: Mapping[str, str], body: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Route requests to transports, and start and stop what they share.
 
 In:     ASGI scopes below the mount
-Out:    WebSockets served; `client.js`, `client.d.ts`, `health`
+Out:    WebSockets and streams served; `client.js`, `client.d.ts`, `health`
 Owns:   the broker, the hub and the task that runs it, per event loop; the drain, also on SIGTERM where the server
         gives a lifespan
 Never:  needs a lifespan: a mounted app gets none, so everything starts on first use
@@ -29,12 +29,14 @@ from starlette.websockets import WebSocket
 
 from pubsub_mw.broker.engines import expect_endpoint, load_engine, open_async_broker
 from pubsub_mw.broker.interface import AsyncBroker
-from pubsub_mw.errors import BrokerUnavailable, CloseCode
+from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Handshake
 from pubsub_mw.publisher import AsyncPublisher, warn_of_secret
 from pubsub_mw.realtime.connection import Shared
+from pubsub_mw.realtime.http import Endpoint, Refusal
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.origin import refuse_origin
+from pubsub_mw.realtime.sse import refuse_events, serve_events
 from pubsub_mw.realtime.websocket import deny, serve_websocket
 from pubsub_mw.settings import Settings
 
@@ -71,6 +73,7 @@ class Realtime(Starlette):
             routes=[
                 Route("/", _hint),
                 Route("/health", self._health),
+                Route("/events", Endpoint(self.settings, "GET", self._events, refuse_events)),
                 Route("/client.js", _Static(static.joinpath("client.js").read_bytes(), "text/javascript")),
                 Route("/client.d.ts", _Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
             ],
@@ -166,30 +169,52 @@ class Realtime(Starlette):
 
     async def _websocket(self, websocket: WebSocket) -> None:
         handshake = Handshake.from_scope(websocket.scope)
-        refusal = refuse_origin(handshake, self.settings.origins)
-        if refusal is not None:
-            await deny(websocket, 403, refusal)
-            return
+        try:
+            async with self._admitted(handshake) as shared:
+                await serve_websocket(websocket, shared, handshake)
+        except Refusal as refusal:
+            await deny(websocket, refusal.status, refusal.message)
+
+    async def _events(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
+        async with self._admitted(handshake, may_lack_origin=True) as shared:
+            await serve_events(scope, receive, send, shared, handshake)
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, handshake: Handshake, *, may_lack_origin: bool = False) -> AsyncIterator[Shared]:
+        """Admit who may stay for a while, and count it.
+
+        Raises:
+            Refusal: not from there, not now, or not one more.
+        """
+        shared = await self._checked(handshake, may_lack_origin=may_lack_origin)
         if self._is_draining:
-            await deny(websocket, 503, "this server is going away; try again")
-            return
+            raise Refusal(503, ErrorCode.UNAVAILABLE, "this server is going away; try again")
         limit, address = self.settings.max_connections_per_address, handshake.address
         if limit and self._per_address[address] >= limit:
-            await deny(websocket, 429, f"an address may have {limit} connections")
-            return
-        try:
-            running = await self.start()
-        except BrokerUnavailable as error:
-            log.error("connection refused: %s", error)
-            await deny(websocket, 503, "the broker does not answer; try again in a few seconds")
-            return
+            raise Refusal(429, ErrorCode.BUSY, f"an address may have {limit} connections")
         self._per_address[address] += 1
         try:
-            await serve_websocket(websocket, running.shared, handshake)
+            yield shared
         finally:
             self._per_address[address] -= 1
             if not self._per_address[address]:
                 del self._per_address[address]
+
+    async def _checked(self, handshake: Handshake, *, may_lack_origin: bool = False) -> Shared:
+        """Return what connections share, for who may ask.
+
+        Raises:
+            Refusal: not from there, or not now.
+        """
+        refusal = refuse_origin(handshake, self.settings.origins, may_lack_origin=may_lack_origin)
+        if refusal is not None:
+            raise Refusal(403, ErrorCode.FORBIDDEN, refusal)
+        try:
+            return (await self.start()).shared
+        except BrokerUnavailable as error:
+            log.error("connection refused: %s", error)
+            message = "the broker does not answer; try again in a few seconds"
+            raise Refusal(503, ErrorCode.UNAVAILABLE, message) from error
 
     async def _health(self, _request: Request) -> Response:
         """200 while publications arrive and new connections are admitted, else 503."""

@@ -59,7 +59,9 @@ class Authorizer:
         self._channel = Channel(f"#server-{secrets.token_urlsafe(12)}")
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
 
-    async def ask(self, channel: Channel, connection: ConnectionId, user: str | None, handshake: Handshake) -> Decision:
+    async def ask(
+        self, channel: Channel, connection: ConnectionId, user: str | None, transport: str, handshake: Handshake
+    ) -> Decision:
         """Return the application's decision.
 
         Raises:
@@ -70,7 +72,7 @@ class Authorizer:
         request = Request(
             connection=connection,
             user=user,
-            transport="websocket",
+            transport=transport,
             id=request_id,
             method="GET",
             path=self._settings.authorize,

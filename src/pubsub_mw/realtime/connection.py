@@ -15,6 +15,7 @@ import math
 import random
 import secrets
 import time
+from collections.abc import Callable
 
 from pubsub_mw import protocol
 from pubsub_mw.broker.interface import AsyncBroker
@@ -55,9 +56,12 @@ from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 
-__all__ = ["Connection", "Shared"]
+__all__ = ["Connection", "Recall", "Shared"]
 
 log = logging.getLogger("pubsub_mw")
+
+Recall = Callable[[str], str | None]
+"""Tells the position, as text, at which a channel was left, or None."""
 
 _FORBIDDEN = "no grant of yours allows it"
 _SILENT = "the broker does not answer; come back in a moment"
@@ -104,23 +108,26 @@ class Connection:
     Args:
         shared: of this process
         handshake: the request that opened it
+        transport: `websocket`, `sse` or `longpoll`; only over the first does a client answer pings
     """
 
-    def __init__(self, shared: Shared, handshake: Handshake) -> None:
+    def __init__(self, shared: Shared, handshake: Handshake, transport: str = "websocket") -> None:
         settings = shared.settings
         self._shared = shared
         self.handshake = handshake
+        self.transport = transport
         self.send_queue = SendQueue(settings.send_queue_bytes, settings.send_queue_bytes // 4)
         self.id: ConnectionId | None = None
         self._grant: Grant | None = None
         self._subscriptions: dict[Channel, Subscription] = {}
         self._own: list[Subscription] = []
         self._requests: Requests | None = None
-        self._asking: dict[Channel, asyncio.Task[None]] = {}
+        self._asking: dict[Channel, asyncio.Task[FrameError | None]] = {}
         self._app_user: str | None = None
         self._app_info: object = None
         self._app_user_at = math.inf  # when the application was asked who it is
         self._user_positions: dict[str, Position] = {}  # for the channel of the user whom the application may name
+        self._recall: Recall = lambda _channel: None
         self._token: Resume | None = None
         self._begun_at = time.time()
         self._revoked: dict[str, float] = {}  # channel, or `*` -> grants made until then are void
@@ -147,7 +154,7 @@ class Connection:
         try:
             command = protocol.decode_command(text)
             if isinstance(command, protocol.Connect):
-                await self._connect(command)
+                await self.connect(command, self._resumed(command.resume))
             elif self.id is None:
                 raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
             elif isinstance(command, protocol.Subscribe):
@@ -194,11 +201,30 @@ class Connection:
 
     # Who it is.
 
-    async def _connect(self, command: protocol.Connect) -> None:
+    async def connect(
+        self,
+        command: protocol.Connect,
+        resume: Resume | None,
+        *,
+        recall: Recall | None = None,
+        needs_all: bool = False,
+    ) -> None:
+        """Begin. Where that fails, the send queue is closed with the reason.
+
+        Args:
+            command: its `resume` was read already
+            resume: what it restores
+            recall: tells where one of the connection's own channels was left, if `command` does not
+            needs_all: every channel must be allowed; waits until that is known
+
+        Raises:
+            FrameError: it is connected already, or its own channels are named wrongly; or, if it needs all, a channel
+                is refused.
+        """
         if self.id is not None:
             raise FrameError(ErrorCode.ALREADY_CONNECTED, "this connection is connected already")
+        self._recall = recall or self._recall
         now = time.time()
-        resume = self._resumed(command.resume, now)
         try:
             grant = resume.grant if resume is not None else None
             if command.grant is not None:
@@ -229,7 +255,13 @@ class Connection:
                 else:
                     self._subscribe(channel, position)
             except FrameError as error:
+                if needs_all:
+                    raise
                 self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+        if needs_all:
+            for refused in await asyncio.gather(*self._asking.values(), return_exceptions=True):
+                if refused is not None:
+                    raise refused
 
     async def _is_admitted(self) -> bool:
         """Look up what was revoked; False if that ends the connection, or cannot be known."""
@@ -273,12 +305,12 @@ class Connection:
         self._shared.hub.unsubscribe(subscription)
         self.send_queue.put_nowait(protocol.unsubscribed(subscription.channel, code, reason))
 
-    def _resumed(self, token: str | None, now: float) -> Resume | None:
+    def _resumed(self, token: str | None) -> Resume | None:
         """Return what a resume token restores; one that is too old or not ours restores nothing."""
         if token is None:
             return None
         try:
-            return verify_resume(self._shared.secret, token, now=now)
+            return verify_resume(self._shared.secret, token, now=time.time())
         except GrantError as error:
             log.info("not resumed: %s", error)
             return None
@@ -290,11 +322,11 @@ class Connection:
         if self.user is not None:
             known = resume.user_position if resume is not None else None
             positions[channel_of_user(self.user)] = _Own(known, False)
-        if resume is not None:
-            for channel in positions:
-                text = command.channels.get(channel)
-                if text is not None:
-                    positions[channel] = _Own(_position(channel, text), True)
+        for channel in positions:
+            text = command.channels.get(channel) if resume is not None else None
+            text = text or self._recall(channel)
+            if text is not None:
+                positions[channel] = _Own(_position(channel, text), True)
         return positions
 
     async def _begin(self, connection: ConnectionId, resume: Resume | None, positions: dict[Channel, _Own]) -> bool:
@@ -334,7 +366,7 @@ class Connection:
         hub.open(connection, self.send_queue)
         if resume is not None:
             self._shared.control.claim(connection)
-        self._shared.lifecycle.begin(connection, self.user, "websocket", self.handshake)
+        self._shared.lifecycle.begin(connection, self.user, self.transport, self.handshake)
         user_position = self._own[-1].position if len(self._own) > 1 else None
         token = sign_resume(
             self._shared.secret,
@@ -409,10 +441,13 @@ class Connection:
         followed: asyncio.Future[bool] = self._loop.create_future()
         followed.add_done_callback(self._on_own_settled)
         position = self._user_positions.get(channel)
+        recalled = self._recall(channel)
+        if position is None and recalled is not None:
+            position = _position(channel, recalled)
         own = Subscription(channel, self.id, self.send_queue, position, settled=followed)
         self._own.append(own)
         self._shared.hub.subscribe(own)
-        self._shared.lifecycle.begin(self.id, user, "websocket", self.handshake)
+        self._shared.lifecycle.begin(self.id, user, self.transport, self.handshake)
 
     # What it listens to.
 
@@ -456,12 +491,12 @@ class Connection:
             raise FrameError(ErrorCode.FORBIDDEN, "a presence channel needs a user", channel=channel)
         self._subscriptions[channel] = subscription
 
-    async def _ask(self, channel: Channel, position: Position | None) -> None:
-        """Let the application decide, then subscribe or refuse."""
+    async def _ask(self, channel: Channel, position: Position | None) -> FrameError | None:
+        """Let the application decide, then subscribe, or refuse and return why."""
         assert self.id is not None
         asked_at = time.time()
         try:
-            decision = await self._shared.authorizer.ask(channel, self.id, self.user, self.handshake)
+            decision = await self._shared.authorizer.ask(channel, self.id, self.user, self.transport, self.handshake)
             if not decision.is_allowed or (decision.user is not None and self.user not in (None, decision.user)):
                 raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
             if decision.user is not None and self._app_user is None:
@@ -471,14 +506,18 @@ class Connection:
             if self.send_queue.closed is None:
                 self._allowed[channel] = _Allowed(False, asked_at)
                 self._listen(channel, position)
+            return None
         except BrokerUnavailable as error:
             log.warning("%s: %s", channel, error)
-            message = "the application could not be asked; try again in a few seconds"
-            self.send_queue.put_nowait(protocol.error(ErrorCode.UNAVAILABLE, message, channel=channel))
+            refused = FrameError(
+                ErrorCode.UNAVAILABLE, "the application could not be asked; try again in a few seconds"
+            )
         except FrameError as error:
-            self.send_queue.put_nowait(protocol.error(error.code, str(error), channel=channel))
+            refused = error
+        self.send_queue.put_nowait(protocol.error(refused.code, str(refused), channel=channel))
+        return refused
 
-    def _forget_asking(self, channel: Channel, task: "asyncio.Task[None]") -> None:
+    def _forget_asking(self, channel: Channel, task: "asyncio.Task[FrameError | None]") -> None:
         if self._asking.get(channel) is task:
             del self._asking[channel]
         if not task.cancelled() and task.exception() is not None:
@@ -599,7 +638,8 @@ class Connection:
             return
         if now >= self._next_ping_at:
             self._next_ping_at = now + settings.ping_interval
-            self._unanswered_at = self._unanswered_at or now
+            if self.transport == "websocket":
+                self._unanswered_at = self._unanswered_at or now
             self.send_queue.put_nowait(protocol.PING)
         self._schedule()
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pubsub_mw.model import Handshake
 
-__all__ = ["refuse_origin"]
+__all__ = ["names_origin", "refuse_origin"]
 
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
@@ -31,18 +31,27 @@ def refuse_origin(handshake: Handshake, origins: tuple[str, ...], *, may_lack_or
     if not found:
         if not may_lack_origin and handshake.all("cookie"):
             return "cookies came without an Origin header; a browser always sends one here"
-        return None
+        # A page of another origin can have its images and scripts ask with cookies and without Origin. It could not
+        # read the answer, but the visitor would seem to be here.
+        site = handshake.first("sec-fetch-site")
+        return None if site in (None, "same-origin", "none") else f"a {site:.20} page may not connect without an Origin"
     if "*" in origins:
         return None
     origin = _parse(found[0])
     if origin is None:
         return f"origin {found[0]!r:.100} may not connect"
     if origins:
-        allowed = any(_parse(candidate) == origin for candidate in origins)
+        allowed = names_origin(origins, found[0])
     else:
         hosts = handshake.all("host")
         allowed = len(hosts) == 1 and _parse(f"{origin[0]}://{hosts[0]}") == origin
     return None if allowed else f"origin {found[0]!r:.100} may not connect; allow it by PUBSUB_ORIGINS"
+
+
+def names_origin(origins: tuple[str, ...], origin: str) -> bool:
+    """Whether `origin` is among `origins` by its own name, not by `*`."""
+    wanted = _parse(origin)
+    return wanted is not None and any(_parse(candidate) == wanted for candidate in origins)
 
 
 def _parse(origin: str) -> tuple[str, str, int] | None:

@@ -21,16 +21,21 @@ from pubsub_mw.model import Handshake
 from pubsub_mw.realtime.connection import Connection, Shared
 from pubsub_mw.realtime.send_queue import SendQueue
 
-__all__ = ["deny", "serve_websocket"]
+__all__ = ["CLOSE_SECONDS", "deny", "retry_after", "serve_websocket"]
 
 log = logging.getLogger("pubsub_mw")
 
-_CLOSE_SECONDS = 3.0
+CLOSE_SECONDS = 3.0
 """For the last frames and the close to go out; a client that does not read is left after that."""
 
 _RETRY_SECONDS = {CloseCode.SHUTDOWN: 2.0, CloseCode.BROKER_UNAVAILABLE: 5.0, CloseCode.SERVER_ERROR: 5.0}
 """Upper end of the time after which a client is asked to come back; drawn anew for each, so that they do not come
 all at once. Others may come back at once."""
+
+
+def retry_after(code: CloseCode) -> float:
+    """Return after how many seconds a client is asked to come back."""
+    return random.uniform(0, _RETRY_SECONDS.get(code, 0.0))
 
 
 async def deny(websocket: WebSocket, status: int, reason: str) -> None:
@@ -49,7 +54,7 @@ async def serve_websocket(websocket: WebSocket, shared: Shared, handshake: Hands
     writer = asyncio.create_task(_write(websocket, queue))
     reader = asyncio.create_task(_read(websocket, connection, shared.settings.max_frame_bytes))
     # A client that does not read keeps the writer waiting, also with the farewell.
-    queue.when_closed(lambda: loop.call_later(_CLOSE_SECONDS, writer.cancel))
+    queue.when_closed(lambda: loop.call_later(CLOSE_SECONDS, writer.cancel))
     try:
         await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
         if reader.done() and reader.exception() is not None:
@@ -93,7 +98,7 @@ async def _write(websocket: WebSocket, queue: SendQueue) -> None:
         code, reason = queue.closed
         # SLOW: what waits will not be read, and recovery brings it. Otherwise errors and answers still go out.
         last = [] if code is CloseCode.SLOW else queue.take_nowait()
-        last.append(protocol.disconnect(code, reason, random.uniform(0, _RETRY_SECONDS.get(code, 0.0))))
+        last.append(protocol.disconnect(code, reason, retry_after(code)))
         for frame in last:
             await websocket.send({"type": "websocket.send", "text": frame.decode()})
         await websocket.close(code, reason)

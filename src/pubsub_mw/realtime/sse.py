@@ -1,0 +1,234 @@
+"""Stream to one client by server-sent events, and nothing more.
+
+In:     what the url asks for; the connection's send queue
+Out:    with `frames=1` each frame as on a WebSocket; else `event`, `data` and `id`, which need no library
+Owns:   the response: its first bytes, the heartbeats' form, the farewell
+Never:  lets data or the name of an event end a line: neither can add a field; lets a stuck client keep the server's
+        tasks (closing has a bound)
+
+A plain stream has all of its channels or ends: an EventSource comes back by itself and is told by the status. An
+EventSource that is answered by anything but 200 gives up for ever, so to one of them "not now" is said by an empty
+stream. Source: HTML Standard 9.2, "Server-sent events".
+"""
+
+import asyncio
+import json
+import random
+from functools import lru_cache
+from typing import Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pubsub_mw import protocol
+from pubsub_mw.errors import CloseCode, ErrorCode, FrameError
+from pubsub_mw.grants import Resume
+from pubsub_mw.model import Handshake, channel_of_connection
+from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.cursor import Cursor
+from pubsub_mw.realtime.http import (
+    NO_STORE,
+    Refusal,
+    Wanted,
+    bearer,
+    closed_refusal,
+    frame_refusal,
+    read_resume,
+    read_wanted,
+)
+from pubsub_mw.realtime.websocket import CLOSE_SECONDS, retry_after
+
+__all__ = ["refuse_events", "serve_events"]
+
+_HEADERS = {**NO_STORE, "x-accel-buffering": "no"}
+_PADDING = b":" + b" " * 2_048 + b"\n\n"
+"""What makes a proxy or a browser that waits for a first piece of some size pass it on."""
+_RETRY_SECONDS = (1.0, 3.0)
+"""Between these a client whose stream breaks without a word is asked to wait; drawn for each, so that they do not come
+all at once."""
+
+
+class _Form(Protocol):
+    """How frames look in a stream."""
+
+    is_over: bool
+    """Whether the stream is to end after what was rendered."""
+
+    def render(self, frame: bytes) -> bytes: ...
+
+    def farewell(self, code: CloseCode, reason: str) -> bytes: ...
+
+
+class _Framed:
+    """Each frame as it is on a WebSocket."""
+
+    def __init__(self, cursor: Cursor, own: str) -> None:
+        self._cursor = cursor
+        self._own = own
+        self.is_over = False
+
+    def render(self, frame: bytes) -> bytes:
+        if b'"position":"' not in frame:
+            return b"data: %b\n\n" % frame
+        self._cursor.follow(frame, self._own)
+        return b"data: %b\nid: %b\n\n" % (frame, str(self._cursor).encode())
+
+    def farewell(self, code: CloseCode, reason: str) -> bytes:
+        return b"data: %b\n\n" % protocol.disconnect(code, reason, retry_after(code))
+
+
+class _Plain:
+    """Each publication as an event; of all else what somebody without a library can use."""
+
+    def __init__(self, cursor: Cursor, own: str) -> None:
+        self._cursor = cursor
+        self._own = own
+        self.is_over = False
+
+    def render(self, frame: bytes) -> bytes:
+        if frame == protocol.PING:
+            return b":\n\n"
+        event = _message(frame)
+        if event:
+            return event + self._id(frame)
+        told = orjson.loads(frame)
+        kind = told["type"]
+        if kind in ("connected", "error"):
+            self.is_over = "channel" in told
+            return b""
+        if kind == "subscribed":
+            if told["recovered"] is False:
+                return _event(b"gap", frame) + self._id(frame)
+            # An id alone fires nothing and is remembered: a stream that breaks before its first event goes on from it.
+            return (_event(b"subscribed", frame) if "members" in told else b"") + self._id(frame)
+        self.is_over = kind == "unsubscribed"
+        return _event(kind.encode(), frame) + (self._id(frame) if "position" in told else b"\n")
+
+    def _id(self, frame: bytes) -> bytes:
+        self._cursor.follow(frame, self._own)
+        return b"id: %b\n\n" % str(self._cursor).encode()
+
+    def farewell(self, code: CloseCode, reason: str) -> bytes:
+        return b": %b\nretry: %d\n\n" % (_one_line(reason.encode(), b" "), 1_000 * max(0.1, retry_after(code)))
+
+
+@lru_cache(maxsize=16)
+def _message(frame: bytes) -> bytes:
+    """Return a publication's `event` and `data` lines; b"" = it is another frame.
+
+    Remembered, because all of a channel's streams are sent it within a moment.
+    """
+    message = protocol.split_message(frame)
+    if message is None:
+        return b""
+    data = bytes(message.data)
+    if data.startswith(b'"'):
+        # Not orjson: half of a surrogate pair is JSON, and has no UTF-8.
+        data = json.loads(data).encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    return _event(json.loads(b'"%b"' % message.event).encode(), data)
+
+
+def _event(name: bytes, data: bytes) -> bytes:
+    return b"event: %b\ndata: %b\n" % (_one_line(name, b" "), _one_line(data, b"\ndata: "))
+
+
+def _one_line(text: bytes, joint: bytes) -> bytes:
+    """Put `joint` where a reader would see the end of a line. Source: HTML 9.2.5: CRLF, LF or CR, and nothing else."""
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", joint)
+
+
+def refuse_events(refusal: Refusal, scope: Scope, handshake: Handshake) -> Response:
+    """Say that there is no stream, in the way that the client understands."""
+    accepts = handshake.first("accept") or ""
+    if refusal.status in (429, 503) and "text/event-stream" in accepts and b"frames=1" not in scope["query_string"]:
+        text = f": {refusal.message}\nretry: {random.uniform(2_000, 5_000):.0f}\n\n"
+        return Response(text, 200, _HEADERS, "text/event-stream")
+    return refusal.response()
+
+
+async def serve_events(scope: Scope, receive: Receive, send: Send, shared: Shared, handshake: Handshake) -> None:
+    """Serve an admitted client until either side ends it.
+
+    Raises:
+        Refusal: there is no stream.
+    """
+    connection = Connection(shared, handshake, "sse")
+    loop = asyncio.get_running_loop()
+    reader = asyncio.create_task(_until_gone(receive))
+    writer = asyncio.create_task(_stream(scope, send, shared, connection))
+    # A client that does not read keeps the writer waiting, also with the farewell.
+    connection.send_queue.when_closed(lambda: loop.call_later(CLOSE_SECONDS, writer.cancel))
+    try:
+        await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
+        if writer.done() and not writer.cancelled():
+            writer.result()
+    finally:
+        connection.close()
+        for task in (reader, writer):
+            task.cancel()
+        await asyncio.gather(reader, writer, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connection) -> None:
+    wanted = read_wanted(scope, connection.handshake, shared.settings.max_channels)
+    is_plain = wanted.query.get("frames", [""])[-1] != "1"
+    resume = read_resume(shared, bearer(connection.handshake))
+    await _connect(connection, wanted, resume, needs_all=is_plain)
+    assert connection.id is not None
+    form: _Form = (_Plain if is_plain else _Framed)(wanted.cursor, channel_of_connection(connection.id))
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    headers += [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    retry = b"retry: %d\n\n" % (1_000 * random.uniform(*_RETRY_SECONDS))
+    await _write(send, connection, form, _PADDING + retry)
+
+
+async def _connect(connection: Connection, wanted: Wanted, resume: Resume | None, *, needs_all: bool) -> None:
+    """Begin the connection.
+
+    Raises:
+        Refusal: it cannot be.
+    """
+    if not wanted.channels and resume is None:
+        raise Refusal(400, ErrorCode.BAD_CHANNEL, "name what to listen to: ?channel=news&channel=room:42")
+    command = protocol.Connect(grant=None, resume=None, channels=wanted.channels)
+    try:
+        await connection.connect(command, resume, recall=wanted.cursor.at, needs_all=needs_all)
+    except FrameError as error:
+        raise frame_refusal(error) from error
+    if connection.send_queue.closed is not None:
+        raise closed_refusal(connection.send_queue.closed)
+    if resume is not None and connection.id != resume.connection:
+        raise closed_refusal((CloseCode.DISCONNECTED, "the application ended this connection; connect anew"))
+
+
+async def _write(send: Send, connection: Connection, form: _Form, first: bytes) -> None:
+    """Write until the send queue closes or the stream is over; then end it."""
+    await _send(send, [first])
+    queue, pieces = connection.send_queue, list[bytes]()
+    while queue.closed is None and not form.is_over:
+        frame = await queue.take()
+        for waiting in (frame, *queue.take_nowait()):
+            if waiting and not form.is_over:
+                pieces.append(form.render(waiting))
+        await _send(send, pieces)
+    if queue.closed is not None:
+        code, reason = queue.closed
+        # SLOW: what waits will not be read, and recovery brings it. Otherwise errors and answers still go out.
+        pieces += [form.render(frame) for frame in queue.take_nowait()] if code is not CloseCode.SLOW else []
+        pieces.append(form.farewell(code, reason))
+    await _send(send, pieces)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send(send: Send, pieces: list[bytes]) -> None:
+    message: dict[str, Any] = {"type": "http.response.body", "body": b"".join(pieces), "more_body": True}
+    pieces.clear()
+    if message["body"]:
+        await send(message)
