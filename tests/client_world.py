@@ -11,7 +11,7 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, Self
 
 import uvicorn
 from websockets.asyncio.server import ServerConnection, serve
@@ -80,7 +80,11 @@ class Endpoint:
         publisher = Publisher(**self._arguments)
         return await asyncio.to_thread(lambda: publisher.grant(**rights))
 
-    async def __aenter__(self) -> "Endpoint":
+    async def disconnect(self, *, user: str) -> None:
+        publisher = Publisher(**self._arguments)
+        await asyncio.to_thread(lambda: publisher.disconnect(user=user))
+
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 

@@ -27,7 +27,6 @@ LONGER: dict[str, str] = {
     "broker/memory.py": "the whole second engine: what Redis does in scripts and six files is here in one class",
     "realtime/connection.py": "who a client is and what it may do are decided together; cut, each half asks the other",
     "realtime/hub.py": "its two jobs, sending and catching up, share every field of a channel",
-    "client.py": "a whole client, read by those who use nothing else of the package; its parts share one state",
 }
 
 # Module names that say nothing about what is inside.

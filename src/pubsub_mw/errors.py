@@ -30,6 +30,8 @@ __all__ = [
     "PubSubError",
     "PublicationTooLarge",
     "PublishError",
+    "RequestFailed",
+    "RequestTimeout",
     "SettingsError",
     "SubscriptionRefused",
     "may_reconnect",
@@ -172,6 +174,27 @@ class SubscriptionRefused(PubSubError):
         super().__init__(f"{channel}: {message} ({code})")
         self.channel = channel
         self.code = code
+
+
+class RequestFailed(PubSubError):
+    """A request of the Python client was refused, or its answer is lost.
+
+    Attributes:
+        code: the server's `ErrorCode` (`busy`, `forbidden`, `expired`, ...); or `not_connected`: it was not sent;
+            `connection_lost`: it was sent, and may have run, but its answer is lost; `broken_off`: the app failed in
+            the middle of its answer; `status`: the app answered 400 or more, of `Response.raise_for_status`; `timeout`
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+        self.code = code
+
+
+class RequestTimeout(RequestFailed, TimeoutError):
+    """The answer to a request of the Python client did not begin in time. The request may have run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("timeout", message)
 
 
 class AppNotFound(PubSubError):

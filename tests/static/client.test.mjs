@@ -325,7 +325,9 @@ describe("positions", () => {
     realtime.subscribe("room", spy(), { onSubscribed, position: "ignored" });
     realtime.subscribe("room", spy(), { onSubscribed: left }).unsubscribe();
     await settled();
-    assert.deepEqual(onSubscribed.calls, [[{ channel: "room", position: "e.1.t", recovered: null }]]);
+    const [[frame]] = onSubscribed.calls;
+    assert.deepEqual(frame, { channel: "room", position: "e.1.t", recovered: null, members: undefined });
+    assert.equal(onSubscribed.calls.length, 1);
     assert.deepEqual(left.calls, []);
     assert.equal(net.socket.sent.length, 1);
   });
@@ -826,6 +828,73 @@ describe("own channels", () => {
     ]);
     await lostAndFound(net, { ...USER_7, connection: "c2" });
     assert.deepEqual(net.socket.sent[0].channels, {});
+  });
+});
+
+describe("who is there", () => {
+  const [ANN, BOB, CYD] = ["ann", "bob", "cyd"].map((user) => ({ user, info: { name: user } }));
+  const present = (members) => ({ ...subscribed("presence-room", "e.0.t"), members });
+  const [join, leave] = ["join", "leave"].map((type) => (member) => ({ type, channel: "presence-room", member }));
+
+  /** Be connected, and listen to the channel. */
+  async function there(t, onMembers = spy()) {
+    const { net, realtime } = await connected(t);
+    const subscription = realtime.subscribe("presence-room", () => {}, { onMembers });
+    return { net, realtime, subscription, onMembers };
+  }
+
+  test("is a list that changes with who comes and goes", async (t) => {
+    const { net, subscription, onMembers } = await there(t);
+    assert.deepEqual(subscription.members, []);
+    net.socket.push(present([ANN]), join(BOB), leave(ANN), leave(CYD));
+    assert.deepEqual(onMembers.calls, [
+      [[ANN], {}],
+      [[ANN, BOB], { joined: BOB }],
+      [[BOB], { left: ANN }],
+      [[BOB], { left: CYD }],
+    ]);
+    assert.deepEqual(subscription.members, [BOB]);
+  });
+
+  test("is each user once, with the newest info", async (t) => {
+    const { net, subscription } = await there(t);
+    net.socket.push(present([ANN, BOB]), join({ ...ANN, info: null }));
+    assert.deepEqual(subscription.members, [BOB, { ...ANN, info: null }]);
+  });
+
+  test("stays as it was told last while not connected, and is told anew after that", async (t) => {
+    const { net, subscription, onMembers } = await there(t);
+    net.socket.push(present([ANN, BOB]));
+    net.socket.end();
+    assert.deepEqual(subscription.members, [ANN, BOB]);
+    await net.pass(10);
+    net.socket.accept();
+    net.socket.push({ ...CONNECTED, resume: "token-2" }, present([BOB, CYD]));
+    assert.deepEqual(subscription.members, [BOB, CYD]);
+    assert.deepEqual(onMembers.calls.at(-1), [[BOB, CYD], {}]);
+  });
+
+  test("is told to a late subscriber at once", async (t) => {
+    const { net, realtime } = await there(t);
+    net.socket.push(present([ANN]), join(BOB));
+    const onMembers = spy();
+    realtime.subscribe("presence-room", () => {}, { onMembers });
+    await settled();
+    assert.deepEqual(onMembers.calls, [[[ANN, BOB], {}]]);
+  });
+
+  test("is nobody's when nobody listens", async (t) => {
+    const { net } = await connected(t);
+    net.socket.push(join(ANN), leave(ANN));
+    assert.deepEqual(net.reported(), []);
+  });
+
+  test("is no list on a channel that shows nobody", async (t) => {
+    const onMembers = spy();
+    const { net, realtime } = await connected(t);
+    const subscription = realtime.subscribe("room", () => {}, { onMembers });
+    net.socket.push(subscribed("room", "e.0.t"));
+    assert.deepEqual([subscription.members, onMembers.calls], [[], []]);
   });
 });
 

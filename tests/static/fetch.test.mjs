@@ -607,6 +607,29 @@ describe("after a reconnect", () => {
     assert.deepEqual(requests(net), []);
   });
 
+  test("parts that come twice, by recovery and for the request that was sent again, are taken once", async (t) => {
+    const { net, frame, promise } = await asking(t);
+    await lostAndFound(net);
+    const [begin, a, b, c, last] = ["response_start", ..."abc", "response_end"].map((name, index) => {
+      const fields = name.length > 1 ? { type: name } : { type: "response_chunk", body: name };
+      return { status: index ? undefined : 200, headers: {}, id: frame.id, position: `e.${10 + index}.t`, ...fields };
+    });
+    net.socket.push(begin, a, begin, a, b, b, c, last, c, last);
+    assert.equal(await (await promise).text(), "abc");
+    await lostAndFound(net);
+    assert.equal(net.socket.sent[0].channels[OWN], "e.14.t");
+  });
+
+  test("an old answer that is sent again moves no position back", async (t) => {
+    const { net, frame } = await asking(t);
+    net.socket.push(message(OWN, "e.900.t"), { ...response(frame.id), position: "e.99.t" });
+    await lostAndFound(net);
+    assert.equal(net.socket.sent[0].channels[OWN], "e.900.t");
+    net.socket.push({ ...response("x"), position: "f.1.t" });
+    await lostAndFound(net);
+    assert.equal(net.socket.sent[0].channels[OWN], "f.1.t");
+  });
+
   test("a body in the middle can be cancelled", async (t) => {
     const { net, id, reader } = await streaming(t);
     await lostAndFound(net);

@@ -4,6 +4,7 @@ import {
   backoff,
   connect,
   type Gap,
+  type Member,
   type Message,
   type Realtime,
   type RealtimeError,
@@ -22,10 +23,12 @@ const subscription = realtime.subscribe(
     position: null,
     onSubscribed: ({ channel, position, recovered }) =>
       console.log(channel.length, position.length, recovered === null),
+    onMembers: (members, { joined, left }) => console.log(members.length, joined?.user, left?.info),
     onGap: (gap: Gap) => console.log(gap.reason),
     onError: (error: RealtimeError) => console.log(error.message, error.code, error.channel),
   },
 );
+console.log(subscription.members.map(({ user }: Member) => user));
 subscription.unsubscribe();
 realtime.unsubscribe("room:42");
 
@@ -51,6 +54,8 @@ realtime.close();
 realtime.on("state", (state) => state === "open");
 // @ts-expect-error: no such event
 realtime.on("message", () => {});
+// @ts-expect-error: who is there is not the page's to set
+subscription.members.push({ user: "7", info: null });
 // @ts-expect-error: the state is not the page's to set
 realtime.state = "closed";
 // @ts-expect-error: a callback is needed

@@ -36,6 +36,7 @@ from pubsub_mw.realtime.connection import Shared
 from pubsub_mw.realtime.http import Endpoint, Refusal
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.origin import refuse_origin
+from pubsub_mw.realtime.script import slim
 from pubsub_mw.realtime.sse import refuse_events, serve_events
 from pubsub_mw.realtime.websocket import deny, serve_websocket
 from pubsub_mw.settings import Settings
@@ -74,7 +75,9 @@ class Realtime(Starlette):
                 Route("/", _hint),
                 Route("/health", self._health),
                 Route("/events", Endpoint(self.settings, "GET", self._events, refuse_events)),
-                Route("/client.js", _Static(static.joinpath("client.js").read_bytes(), "text/javascript")),
+                Route(
+                    "/client.js", _Static(slim(static.joinpath("client.js").read_text()).encode(), "text/javascript")
+                ),
                 Route("/client.d.ts", _Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
             ],
             lifespan=self._lifespan,

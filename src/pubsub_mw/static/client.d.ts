@@ -7,7 +7,10 @@ export type Message = { channel: string; event: string; data: any; position: str
 export type MessageCallback = (data: any, message: Message) => void;
 
 /** `recovered`: true: what was missed follows; false: it is lost; null: no position was given. */
-export type Subscribed = { channel: string; position: string; recovered: boolean | null };
+export type Subscribed = { channel: string; position: string; recovered: boolean | null; members?: Member[] };
+
+/** Who is on a presence channel: each user once, over all tabs and devices. `info`: from the grant. */
+export type Member = { user: string; info: any };
 
 /** Publications were lost: fetch the state anew. */
 export type Gap = { channel: string; position: string | null; reason: string };
@@ -31,11 +34,21 @@ export type SubscribeOptions = {
   /** Called after each reconnect, too. */
   onSubscribed?: (frame: Subscribed) => void;
   onGap?: (gap: Gap) => void;
+  /**
+   * Who is there now, on a presence channel, and who came or went; neither after subscribing and after a reconnect,
+   * when the list is told anew.
+   */
+  onMembers?: (members: readonly Member[], change: { joined?: Member; left?: Member }) => void;
   /** The subscription was refused, or ended by the server. */
   onError?: (error: RealtimeError) => void;
 };
 
-export type Subscription = { channel: string; unsubscribe: () => void };
+export type Subscription = {
+  channel: string;
+  /** Who is there, on a presence channel; as last told, also while not connected. */
+  readonly members: readonly Member[];
+  unsubscribe: () => void;
+};
 
 export type Events = {
   state: (state: State) => void;

@@ -13,7 +13,7 @@ const CONNECT_TIMEOUT_SECONDS = 15; // of one attempt, grant included
 const PING_TIMEOUT_SECONDS = 8; // beyond `ping`: then the link is dead
 const GRANT_EXPIRED = 3501;
 
-/** @import { Events, MessageCallback, Options, Realtime, State, SubscribeOptions } from "./client.d.ts" */
+/** @import { Events, Member, MessageCallback, Options, Realtime, State, SubscribeOptions, Subscribed } from "./client.d.ts" */
 
 /**
  * @param {number} attempt
@@ -92,6 +92,17 @@ function decodeBody({ body, encoding }) {
 }
 
 /**
+ * Whether to advance to a position: what is sent again keeps its old one.
+ *
+ * @param {string} position
+ * @param {string | null} [than]
+ */
+function isNewer(position, than) {
+  const [[epoch, offset], [lastEpoch, lastOffset]] = [position, than ?? ""].map((text) => text.split("."));
+  return epoch !== lastEpoch || +offset > +lastOffset;
+}
+
+/**
  * @param {string} code
  * @param {string} message
  */
@@ -133,7 +144,7 @@ export function connect(url, options = {}) {
 
   /**
    * @typedef {SubscribeOptions & { callback: MessageCallback }} Listener
-   * @typedef {{ position: any, listeners: Set<Listener> }} Channel
+   * @typedef {{ position: any, listeners: Set<Listener>, members?: Member[] }} Channel
    */
   /** @type {Map<string, Channel>} what the page wants */
   const channels = new Map();
@@ -153,7 +164,7 @@ export function connect(url, options = {}) {
   /**
    * `sentIn`: a generation; 0: never; -1: to be sent again.
    *
-   * @typedef {{ id: string, request: Request, frame?: object, sentIn: number, resolve: Function, reject: Function,
+   * @typedef {{ id: string, request: Request, frame?: object, sentIn: number, position?: string, resolve: Function, reject: Function,
    *   controller?: ReadableStreamDefaultController }} Pending
    */
   /** @type {Map<string, Pending>} unanswered, by id, in order */
@@ -253,7 +264,7 @@ export function connect(url, options = {}) {
   function receive(frame) {
     if (frame.type === "connected") pingSeconds = frame.ping;
     expectFrame(pingSeconds + PING_TIMEOUT_SECONDS);
-    pushes[frame.type]?.(frame);
+    pushes[frame.type.replace(/_.*/, "")]?.(frame);
   }
 
   /** @type {Record<string, (frame: any) => void>} */
@@ -284,7 +295,8 @@ export function connect(url, options = {}) {
       if (held) held.subscribed = true;
       settle(name);
       const listeners = advance(frame);
-      each(listeners, (listener) => listener.onSubscribed?.(frame));
+      if (held?.channel) held.channel.members = frame.members;
+      each(listeners, (listener) => welcome(listener, frame));
       if (frame.recovered === false) lose(frame, listeners);
     },
 
@@ -295,35 +307,32 @@ export function connect(url, options = {}) {
 
     gap: (frame) => lose(frame, advance(frame)),
 
+    join: ({ channel, member }) => change(channel, member, "joined"),
+
+    leave: ({ channel, member }) => change(channel, member, "left"),
+
     unsubscribed(frame) {
       if (frame.code === "client") retire(frame.channel);
       else refuse({ ...frame, message: frame.reason });
     },
 
-    response(frame) {
-      pushes.response_start(frame);
-      pushes.response_chunk(frame);
-      pushes.response_end(frame);
-    },
-
-    response_start(frame) {
-      const pending = answered(frame);
-      if (!pending || pending.controller) return;
-      const body = new ReadableStream({
-        start: (controller) => void (pending.controller = controller),
-        cancel: () => cancel(pending, "cancelled"),
-      });
-      pending.resolve({ ...frame, body });
-    },
-
-    response_chunk(frame) {
-      const pending = answered(frame);
-      if (frame.body) pending?.controller?.enqueue(decodeBody(frame));
-    },
-
-    response_end(frame) {
-      const pending = answered(frame);
-      if (pending) finish(pending, frame.error && failure("broken_off", frame.error));
+    /** Or its start, chunk or end. */
+    response({ type, id, position, error, ...frame }) {
+      attempt = settleAttempt = 0;
+      const name = `#connection-${realtime.connection}`;
+      if (isNewer(position, own.get(name))) own.set(name, position);
+      const pending = requests.get(id);
+      if (!pending || !isNewer(position, pending.position)) return;
+      pending.position = position;
+      if (frame.status && !pending.controller) {
+        const body = new ReadableStream({
+          start: (controller) => void (pending.controller = controller),
+          cancel: () => cancel(pending, "cancelled"),
+        });
+        pending.resolve({ ...frame, body });
+      }
+      if (frame.body) pending.controller?.enqueue(decodeBody(frame));
+      if (/(e|end)$/.test(type)) finish(pending, error && failure("broken_off", error));
     },
 
     error(frame) {
@@ -352,6 +361,29 @@ export function connect(url, options = {}) {
     if (!channel) return new Set();
     channel.position = position;
     return channel.listeners;
+  }
+
+  /**
+   * @param {string} name
+   * @param {Member} member
+   * @param {"joined" | "left"} how
+   */
+  function change(name, member, how) {
+    const channel = asked.get(name)?.channel;
+    if (!channel) return;
+    const members = (channel.members ?? []).filter(({ user }) => user !== member.user);
+    if (how === "joined") members.push(member);
+    channel.members = members;
+    each(channel.listeners, (listener) => listener.onMembers?.(members, { [how]: member }));
+  }
+
+  /**
+   * @param {Listener} listener
+   * @param {Subscribed} frame
+   */
+  function welcome(listener, frame) {
+    listener.onSubscribed?.(frame);
+    if (frame.members) listener.onMembers?.(frame.members, {});
   }
 
   /** @param {string} before not resumed: what came for it meanwhile is lost */
@@ -418,13 +450,6 @@ export function connect(url, options = {}) {
       pending.sentIn = generation;
       transport?.send(pending.frame);
     }
-  }
-
-  /** @param {any} frame Take its position. Returns its request. */
-  function answered({ id, position }) {
-    attempt = settleAttempt = 0;
-    own.set(`#connection-${realtime.connection}`, position);
-    return requests.get(id);
   }
 
   /**
@@ -500,12 +525,18 @@ export function connect(url, options = {}) {
       channel.listeners.add(listener);
       channels.set(name, channel);
       settle(name);
-      if (asked.get(name)?.subscribed) queueMicrotask(() => each(channel.listeners, welcome));
-      return { channel: name, unsubscribe: () => leave(name, (other) => other === listener) };
+      if (asked.get(name)?.subscribed) queueMicrotask(() => each(new Set([listener]), late));
+      return {
+        channel: name,
+        get members() {
+          return channel.members ?? [];
+        },
+        unsubscribe: () => leave(name, (other) => other === listener),
+      };
 
-      /** @param {Listener} other */
-      function welcome(other) {
-        if (other === listener) other.onSubscribed?.({ channel: name, position: channel.position, recovered: null });
+      function late() {
+        const { position, members, listeners } = channel;
+        if (listeners.has(listener)) welcome(listener, { channel: name, position, recovered: null, members });
       }
     },
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pubsub_mw.broker.memory import memory_broker
-from pubsub_mw.client import Connection, Gap, Message, Subscription, backoff, connect
+from pubsub_mw.client import Connection, Gap, Message, Presence, Subscription, backoff, connect
 from pubsub_mw.errors import ConnectFailed, ConnectionClosed, SubscriptionRefused
 from tests.client_world import Endpoint, ScriptedServer
 from tests.tools.clock import MS, eventually_async
@@ -171,6 +171,61 @@ async def test_a_client_publishes_where_its_grant_allows_it(endpoint: Endpoint) 
             await connection.publish("room:1", float("nan"))
 
 
+# Who is there.
+
+
+async def test_who_is_there_is_told_as_a_list_that_stays_right_over_a_reconnect(
+    endpoint: Endpoint, tcp_proxy: Callable[[int], TcpProxy]
+) -> None:
+    grants = {user: await endpoint.grant(user=user, channels=["presence-*"], info={"name": user}) for user in "abc"}
+    told: list[Presence] = []
+    proxy = tcp_proxy(endpoint.port)
+    async with connect(f"http://{proxy.address}/realtime", grant=grants["a"]) as ada:
+        subscription = await ada.subscribe("presence-1", lambda _: None, on_members=told.append)
+        async with connect(endpoint.url, grant=grants["b"]) as basho:
+            await basho.subscribe("presence-1")
+            await eventually_async(lambda: len(told) == 2)
+            proxy.refuse()
+            proxy.reset()
+            await wait_until(ada, "waiting")
+            async with connect(endpoint.url, grant=grants["c"]) as cho:
+                await cho.subscribe("presence-1")
+                assert set(subscription.members) == {"a", "b"}
+                proxy.accept()
+                await eventually_async(lambda: set(subscription.members) == {"a", "b", "c"})
+                await endpoint.disconnect(user="b")
+                await eventually_async(lambda: set(subscription.members) == {"a", "c"})
+
+    info = {user: {"name": user} for user in "abc"}
+    assert told[:2] == [Presence({"a": info["a"]}), Presence({"a": info["a"], "b": info["b"]}, joined="b")]
+    assert [presence for presence in told if presence.left] == [Presence({"a": info["a"], "c": info["c"]}, left="b")]
+    assert subscription.members == {"a": info["a"], "c": info["c"]}
+
+
+async def test_changes_of_who_is_there_come_in_their_place_among_the_publications(script: ScriptedServer) -> None:
+    heard: list[object] = []
+    async with scripted(script) as connection:
+        subscribing = asyncio.create_task(
+            connection.subscribe(
+                "presence-1",
+                lambda message: heard.append(message.data),
+                on_members=lambda presence: heard.append((presence.joined, presence.left, sorted(presence.members))),
+            )
+        )
+        await script.hear()
+        members = [{"user": "a", "info": 1}, {"user": "b", "info": None}]
+        await script.say("subscribed", channel="presence-1", position="e.0.a", recovered=None, members=members)
+        await script.say("leave", channel="presence-1", member={"user": "a", "info": 1})
+        await script.say_message("presence-1", "hello", 1)
+        await script.say("join", channel="presence-1", member={"user": "c", "info": 3})
+        await script.say("join", channel="presence-2", member={"user": "c", "info": 3})
+        subscription = await subscribing
+        await eventually_async(lambda: len(heard) == 4)
+        assert subscription.members == {"b": None, "c": 3}
+
+    assert heard == [(None, None, ["a", "b"]), (None, "a", ["b"]), "hello", ("c", None, ["b", "c"])]
+
+
 # What breaks.
 
 
@@ -282,11 +337,11 @@ async def test_who_iterates_slowly_loses_nothing(prefix: str) -> None:
         # Far more than the kernel's buffers take: the server must give this client up, and take it back, meanwhile.
         for number in range(300):
             await endpoint.publisher.publish("room:1", [number, "x" * 60_000])
-        link = connection._socket
+        link = connection._link
         got = [data[0] for data in await take(subscription, 300)]
 
         assert got == list(range(300))
-        assert connection._socket is not link
+        assert connection._link is not link
 
 
 async def test_who_left_with_much_unread_holds_up_nobody(endpoint: Endpoint) -> None:
@@ -397,11 +452,11 @@ async def test_a_grant_that_expires_is_renewed_on_the_live_connection(prefix: st
             grant=fetch if kind == "function" else fetch_slowly,
             on_private=lambda message: got.append(message.data),
         ) as connection:
-            link = connection._socket
+            link = connection._link
             await eventually_async(lambda: len(asked) == 2)
             await endpoint.publisher.publish("#user-7", "still you")
             await eventually_async(lambda: got == ["still you"])
-            assert connection._socket is link
+            assert connection._link is link
 
 
 async def test_a_function_without_a_fresh_grant_is_not_asked_in_a_loop(prefix: str) -> None:
@@ -688,7 +743,7 @@ async def test_the_refusal_of_a_publication_is_not_one_of_a_subscription(script:
 async def test_what_a_newer_server_says_is_passed_over(script: ScriptedServer) -> None:
     async with scripted(script) as connection:
         subscription = await subscribed(connection, script, "room:1")
-        await script.say("join", channel="room:1", member={"user": "7"})
+        await script.say("from_the_future", channel="room:1")
         await script.say("error", code="from_the_future", message="?")
         await script.say_message("room:9", "nobody asked", 1)
         await script.say_message("room:1", 1, 1)
