@@ -44,6 +44,7 @@ class Server:
         build: a payload -> the bytes that publish it, with places for the digits
         publishing: more arguments of the load generator, about that connection
         redis_port: of the Redis that it uses, if any
+        beside: ids of processes that do their part on the other core: Redis, a publisher
     """
 
     name: str
@@ -54,6 +55,7 @@ class Server:
     build: Callable[[str], bytes]
     publishing: list[str] = field(default_factory=list)
     redis_port: int | None = None
+    beside: list[int] = field(default_factory=list)
 
 
 def compiled(name: str) -> Path:
@@ -116,7 +118,8 @@ def hold(server: Server, *options: str | int | float) -> Iterator[dict[str, Any]
 
 def _address(server: Server) -> list[str]:
     pids = [argument for pid in server.pids for argument in ("--pid", str(pid))]
-    return ["--port", str(server.port), *server.dialect, *pids]
+    beside = [argument for pid in server.beside for argument in ("--beside", str(pid))]
+    return ["--port", str(server.port), *server.dialect, *pids, *beside]
 
 
 @contextmanager

@@ -160,6 +160,7 @@ def ours(command: str = "", workers: int = 1, cores: str = str(MEASURED), **sett
                 build=lambda payload: _publish_command(chosen, payload),
                 publishing=["--reply-lines", "2", "--reply-error", "-"],
                 redis_port=broker.port,
+                beside=[broker.pid],
             )
 
 

@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -69,9 +70,9 @@ static struct {
     int port, publish_port, sources, opcode;
     uint32_t connections, channels, per_connection, window, burst, pingers, warm_up, replay;
     uint32_t reply_lines, most_messages;
-    double seconds, settle, timeout, rate, ping_every;
+    double seconds, settle, timeout, rate, ping_every, nap;
     bool stream, ready_each, hold;
-    int pids[MAX_PIDS], pid_count;
+    int pids[MAX_PIDS], pid_count, beside[MAX_PIDS], beside_count;
     bool stops;
 } options = {
     .address = "127.0.0.1", .path = "/", .hello = "", .item = "", .joiner = ",", .ready = "", .ping = "", .pong = "",
@@ -428,7 +429,8 @@ static void take_message(struct conn *conn, int opcode, const char *data, size_t
         }
         if (*options.ping && size < 128) {
             size_t length = strlen(options.ping);
-            if (size >= length && memmem(data, size, options.ping, length)) {
+            if (options.stream ? memmem(data, size, options.ping, length) != NULL
+                               : size == length && !memcmp(data, options.ping, length)) {
                 send_frame(conn, options.opcode, options.pong, strlen(options.pong));
                 return;
             }
@@ -615,6 +617,15 @@ static void send_pings(uint64_t at) {
     }
 }
 
+// Sleeps a little, so that the next turn finds more to read. A server's write to a socket whose reader sleeps in
+// `epoll_wait` has to wake it, which costs both more than the delivery itself; to a client far away it would not.
+static void nap(void) {
+    struct timespec time = {0, options.nap * 1000};
+    uint64_t before = now();
+    nanosleep(&time, NULL);
+    idle_ns += now() - before;
+}
+
 static void turn(uint64_t deadline) {
     static struct epoll_event events[EVENTS];
     if (options.pingers && is_measuring && next_ping < deadline) deadline = next_ping;
@@ -643,6 +654,7 @@ static void turn(uint64_t deadline) {
         }
     }
     if (options.pingers && is_measuring) send_pings(now());
+    if (options.nap && is_measuring && count > 0 && count < 64 && total.deliveries < total.expected) nap();
 }
 
 static void say_shortfall(const char *what) {
@@ -733,16 +745,16 @@ static uint64_t run_burst(void) {
 
 // --- what the processes used
 
-static double servers_cpu(void) {
+static double cpu_of(const int *pids, int count) {
     double sum = 0;
-    for (int i = 0; i < options.pid_count; i++) {
+    for (int i = 0; i < count; i++) {
         char path[300];
-        snprintf(path, sizeof path, "/proc/%d/task", options.pids[i]);
+        snprintf(path, sizeof path, "/proc/%d/task", pids[i]);
         DIR *tasks = opendir(path);
         if (!tasks) continue;
         for (struct dirent *task; (task = readdir(tasks));) {
             if (task->d_name[0] == '.') continue;
-            snprintf(path, sizeof path, "/proc/%d/task/%.20s/schedstat", options.pids[i], task->d_name);
+            snprintf(path, sizeof path, "/proc/%d/task/%.20s/schedstat", pids[i], task->d_name);
             FILE *file = fopen(path, "r");
             unsigned long spent = 0;
             if (file && fscanf(file, "%lu", &spent) == 1) sum += spent / 1e9;
@@ -753,24 +765,23 @@ static double servers_cpu(void) {
     return sum;
 }
 
-// Of the core that this process is pinned to: seconds idle, seconds in all. Redis and a bridge count too.
-static void core_times(double *idle, double *all) {
-    *idle = *all = 0;
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) || CPU_COUNT(&set) != 1) return;
-    int core = 0;
-    while (!CPU_ISSET(core, &set)) core++;
+struct usage {
+    double at, servers, own, beside, busy;
+};
+
+// Seconds that all cores were busy, with whatever else the machine does.
+static double machine_busy(void) {
     FILE *file = fopen("/proc/stat", "r");
-    char line[512], name[16];
-    int length = snprintf(name, sizeof name, "cpu%d ", core);
-    while (file && fgets(line, sizeof line, file)) {
-        if (strncmp(line, name, length)) continue;
-        unsigned long v[8] = {0};
-        sscanf(line + length, "%lu %lu %lu %lu %lu %lu %lu %lu", v, v + 1, v + 2, v + 3, v + 4, v + 5, v + 6, v + 7);
-        for (int i = 0; i < 8; i++) *all += v[i];
-        *idle = v[3] + v[4];
-    }
+    unsigned long v[8] = {0};
+    if (file && fscanf(file, "cpu %lu %lu %lu %lu %lu %lu %lu %lu", v, v + 1, v + 2, v + 3, v + 4, v + 5, v + 6, v + 7) != 8)
+        v[0] = 0;
     if (file) fclose(file);
+    return (double)(v[0] + v[1] + v[2] + v[5] + v[6] + v[7]) / sysconf(_SC_CLK_TCK);
+}
+
+static struct usage used_until_now(void) {
+    return (struct usage){now() / 1e9, cpu_of(options.pids, options.pid_count), own_cpu() / 1e9,
+                          cpu_of(options.beside, options.beside_count), machine_busy()};
 }
 
 // --- options
@@ -815,14 +826,16 @@ static const char *usage =
     "  --burst N                 publications at once, channel after channel [1]\n"
     "  --seconds S               [2]   --messages N  at most   --warm-up N  bursts before [3]   --settle S  [0.2]\n"
     "  --pingers N               more connections, each of which pings every --ping-every S [0.1]\n"
+    "  --nap MICROSECONDS        between two looks for deliveries, so that the server need not wake us for each [0]\n"
     "  --pid N                   of a server process, for its CPU time; again for more\n"
+    "  --beside PID              of what else belongs to the measurement, such as Redis; the rest is `others_share`\n"
     "  --stop                    SIGSTOP them while a burst is published: all of it waits\n";
 
 static void parse(int count, char **arguments) {
     enum { HELP = 1000, ADDRESS, PORT, CONNECTIONS, SOURCES, CHANNELS, PER, WINDOW, TIMEOUT, PATH, HEADER, HELLO, ITEM,
            JOINER, READY_TEXT, READY_EACH, PING, PONG, BINARY, STREAM, POSITIONS, REPLAY, PUBLISH_PORT, TEMPLATE,
            PUBLISH_HELLO, REPLY_LINES, REPLY_ERROR, MODE, RATE, BURST, SECONDS, MESSAGES, WARM_UP, SETTLE, PINGERS,
-           PING_EVERY, PID, STOP };
+           PING_EVERY, PID, STOP, NAP, BESIDE };
 #define ARG(name, value) {name, required_argument, 0, value}
 #define FLAG(name, value) {name, no_argument, 0, value}
     static const struct option known[] = {
@@ -835,7 +848,7 @@ static void parse(int count, char **arguments) {
         ARG("publish-hello", PUBLISH_HELLO), ARG("reply-lines", REPLY_LINES), ARG("reply-error", REPLY_ERROR),
         ARG("mode", MODE), ARG("rate", RATE), ARG("burst", BURST), ARG("seconds", SECONDS), ARG("messages", MESSAGES),
         ARG("warm-up", WARM_UP), ARG("settle", SETTLE), ARG("pingers", PINGERS), ARG("ping-every", PING_EVERY),
-        ARG("pid", PID), FLAG("stop", STOP), {0}};
+        ARG("pid", PID), FLAG("stop", STOP), ARG("nap", NAP), ARG("beside", BESIDE), {0}};
     for (int option; (option = getopt_long(count, arguments, "", known, NULL)) != -1;) {
         switch (option) {
         case HELP: printf("%s", usage); exit(0);
@@ -882,6 +895,11 @@ static void parse(int count, char **arguments) {
             if (options.pid_count == MAX_PIDS) fail("at most %d processes", MAX_PIDS);
             options.pids[options.pid_count++] = atoi(optarg);
             break;
+        case BESIDE:
+            if (options.beside_count == MAX_PIDS) fail("at most %d processes", MAX_PIDS);
+            options.beside[options.beside_count++] = atoi(optarg);
+            break;
+        case NAP: options.nap = atof(optarg); break;
         case STOP: options.stops = true; break;
         default: exit(2);
         }
@@ -894,6 +912,7 @@ static void parse(int count, char **arguments) {
 int main(int count, char **arguments) {
     parse(count, arguments);
     signal(SIGPIPE, SIG_IGN);
+    prctl(PR_SET_TIMERSLACK, 1);
     bool publishes = !strcmp(options.mode, "lockstep") || !strcmp(options.mode, "rate");
     if (!publishes && strcmp(options.mode, "hold") && strcmp(options.mode, "connect")) fail("no mode %s", options.mode);
     if (publishes && !options.template_file) fail("--publish-port and --publish-template are needed");
@@ -911,7 +930,8 @@ int main(int count, char **arguments) {
         }
     }
     bool is_right = connect_all();
-    double wall = 0, idle_share = 0, server_used = 0, core_idle[2] = {0}, core_all[2] = {0};
+    double wall = 0, idle_share = 0;
+    struct usage before = {0}, after = {0};
     uint64_t messages = 0, deliveries = 0;
     if (is_right && publishes) {
         load_template();
@@ -920,8 +940,7 @@ int main(int count, char **arguments) {
         uint64_t first = total.deliveries;
         is_measuring = true;
         total.bytes = 0;
-        core_times(&core_idle[0], &core_all[0]);
-        server_used = servers_cpu();
+        before = used_until_now();
         idle_ns = busy_ns = 0;
         uint64_t began = now(), end = began + options.seconds * 1e9;
         next_ping = began;
@@ -953,8 +972,7 @@ int main(int count, char **arguments) {
             wall = (now() - began) / 1e9;
             busy_ns = own_cpu() - busy_before;
         }
-        core_times(&core_idle[1], &core_all[1]);
-        server_used = servers_cpu() - server_used;
+        after = used_until_now();
         deliveries = total.deliveries - first;
         is_measuring = false;
         idle_share = wall ? idle_ns / 1e9 / wall : 0;
@@ -983,11 +1001,13 @@ int main(int count, char **arguments) {
                messages, deliveries, wall, deliveries / wall, total.bytes / wall);
         // Times within the bursts alone; while the server is stopped the load generator is not measured, only busy.
         printf(",\"idle_share\":%.4f,\"cpu_share\":%.4f", idle_share, busy_ns / 1e9 / wall);
-        if (core_all[1] > core_all[0])
-            printf(",\"core_idle_share\":%.4f", (core_idle[1] - core_idle[0]) / (core_all[1] - core_all[0]));
+        double others = after.busy - before.busy - (after.servers - before.servers) - (after.own - before.own) -
+                        (after.beside - before.beside);
+        printf(",\"others_share\":%.3f,\"beside_cpu_share\":%.4f", others / (after.at - before.at),
+               (after.beside - before.beside) / wall);
         if (options.pid_count && deliveries)
-            printf(",\"server_cpu_share\":%.4f,\"server_us_per_delivery\":%.4f", server_used / wall,
-                   server_used * 1e6 / deliveries);
+            printf(",\"server_cpu_share\":%.4f,\"server_us_per_delivery\":%.4f", (after.servers - before.servers) / wall,
+                   (after.servers - before.servers) * 1e6 / deliveries);
     }
     print_histogram("connect_ms", &connecting);
     print_histogram("latency_ms", &latency);
