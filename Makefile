@@ -67,12 +67,14 @@ $(BIN)/python:
 	       && '$(PYTHON)' -m pip --python $(BIN)/python install --quiet pip; } \
 	  || { rm -rf $(VENV); echo "$(PYTHON) can make no virtual environment. On Debian: apt install python3-venv" >&2; exit 1; }
 
-# The tests use a real Redis, a real browser, nginx, curl and node. They are named here, and installed where that can be done unasked.
+# The tests use a real Redis, a real browser, nginx, curl, node and a C compiler. They are named here, and installed where that can be done
+# unasked.
 programs:
 	@missing=(); \
 	command -v redis-server > /dev/null || missing+=(redis-server); \
 	command -v chromium chromium-browser google-chrome > /dev/null || missing+=(chromium); \
 	command -v node > /dev/null || missing+=(nodejs); \
+	command -v cc > /dev/null || missing+=(gcc libc6-dev); \
 	PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || missing+=(nginx); \
 	command -v curl > /dev/null || missing+=(curl); \
 	if [ $${#missing[@]} -eq 0 ]; then exit; fi; \

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from benchmarks.loadgen import BUILD, Server, Wrong
+from benchmarks.peers import PEERS, Missing, install
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.servers import OTHERS, ours, reference
 
@@ -35,6 +36,7 @@ def servers(command: str = "") -> dict[str, Start]:
         REFERENCE: reference,
         "C-joining": lambda: reference("C-joining", "--join"),
         "pubsub-mw": lambda: ours(command),
+        **PEERS,
     }
 
 
@@ -48,15 +50,18 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0, help="priority of all that is started; below 0 as root alone")
     parser.add_argument("--command", default="", help="that starts pubsub-mw, with {port}; default: pubsub-mw realtime")
     options = parser.parse_args()
+    if set(options.servers) & set(PEERS):
+        install()
     os.nice(options.nice)
     os.sched_setaffinity(0, {OTHERS})
     known = servers(options.command)
     rows: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         for name in options.servers:
-            for row in compare(name, known[name], options.scenarios, options.seconds):
-                rows.append(row)
-                say(row)
+            try:
+                rows += compare(name, known[name], options.scenarios, options.seconds)
+            except Missing as error:
+                print(f"{name} is not measured: {error}", file=sys.stderr)
     print()
     for name in options.servers:
         for scenario in options.scenarios:
@@ -81,6 +86,7 @@ def compare(name: str, start: Start, scenarios: list[str], seconds: float) -> li
                     break
                 row["disturbed"] = True
             found.append(row)
+            say(row)
     BUILD.mkdir(exist_ok=True)
     with (BUILD / "results.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in found)

@@ -7,7 +7,8 @@
 // Never:  speaks one server's language: what it says is given as text; waits without a bound (`--timeout`)
 //
 // Each payload carries a mark: `~S`, 8 digits of sequence, 8 of channel, 16 of CLOCK_MONOTONIC in nanoseconds. The
-// template has the bytes 1, 2, 3 and 4 where digits of channel, sequence, time and a number unique to the publication go.
+// template has the bytes 1, 2, 3 and 4, at least 8 times, where digits of channel, sequence, time and a number unique to
+// the publication go.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -96,7 +97,6 @@ static struct {
     int fd;
     char *template;
     size_t size;
-    size_t *fields; // offsets of the placeholders' bytes, by kind
     char *out;
     size_t out_size, out_sent, out_capacity;
     uint32_t *sequence; // by channel: of the last publication
@@ -528,7 +528,8 @@ static void load_template(void) {
         }
         while (i + width < publisher.size && publisher.template[i + width] == kind) width++;
         if (field_count == 256) fail("the template has too many places");
-        fields[field_count++] = (struct field){i, width, kind};
+        // Shorter ones are bytes of the server's own protocol.
+        if (width >= 8) fields[field_count++] = (struct field){i, width, kind};
         i += width;
     }
     publisher.fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
