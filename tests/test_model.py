@@ -198,13 +198,13 @@ def test_a_position_cannot_be_changed() -> None:
     ],
 )
 def test_a_publication_follows_the_one_position_before_it(before: Position, *, follows: bool) -> None:
-    assert Publication(Position("e", 5, "t5"), "t4", "", b"").follows(before) is follows
+    assert Publication(Position("e", 5, "t5"), Position("e", 4, "t4"), "", b"").follows(before) is follows
 
 
 def test_the_first_publication_follows_the_start_whatever_the_epoch() -> None:
     assert Position.start().is_start
     assert not Position("e", 0, "0").is_start
-    first = Publication(Position("e", 1, "t1"), "0", "", b"")
+    first = Publication(Position("e", 1, "t1"), Position("e", 0, "0"), "", b"")
     assert first.follows(Position.start())
     assert first.follows(Position("e", 0, "0"))
     assert not first.follows(Position("f", 0, "0"))

@@ -203,26 +203,21 @@ class Publication:
 
     Attributes:
         position: its place
-        previous_tag: the tag of the publication one offset before
+        previous: the place before it, which it follows
         exclude: the connection that shall not get it, or ""
         frame: the finished frame as UTF-8 JSON; b"" in history when it was not kept
         reply: as in `Draft`
     """
 
     position: Position
-    previous_tag: str
+    previous: Position
     exclude: str
     frame: bytes
     reply: str = ""
 
     def follows(self, position: Position) -> bool:
         """Whether this is exactly the next publication after `position`."""
-        own = self.position
-        return (
-            own.offset == position.offset + 1
-            and self.previous_tag == position.tag
-            and (own.epoch == position.epoch or position.is_start)
-        )
+        return self.previous == position or (position.is_start and self.previous.offset == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,10 @@ class Settings:
         recovery_page_bytes: of history read at once for a client that catches up
         recovery_buffer: live publications of a channel remembered while its history is read; beyond
             it the history is read once more
+        fan_out_slice: deliveries made before the other connections of the process get their turn; 8 KiB count as
+            one more
+        fan_out_bytes: of publications that wait for the fan-out of their channel's last ones; beyond it Redis
+            keeps what is new until they are out
         max_channels: per connection
         max_connections_per_address: per server process; 0 = off
         connect_timeout: for the first frame, `connect`, to come
@@ -128,6 +132,8 @@ class Settings:
     send_queue_bytes: int = _number(1 << 20, 1_024, 1 << 34)
     recovery_page_bytes: int = _number(1 << 18, 1_024, 1 << 30)
     recovery_buffer: int = _number(4_096, 1, 1_000_000)
+    fan_out_slice: int = _number(1_000, 1, 1_000_000)
+    fan_out_bytes: int = _number(4 << 20, 1_024, 1 << 34)
     max_channels: int = _number(128, 1, 100_000)
     max_connections_per_address: int = _number(0, 0, 1_000_000)
     connect_timeout: float = _number(10.0, 0.001, 3_600)

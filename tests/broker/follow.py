@@ -1,12 +1,13 @@
 """Follow channels in a test, and remember what was told."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import orjson
 
 import pubsub_mw.broker.redis.reader  # noqa: F401 - an event loop must not be the first to import it
+from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.broker.interface import Subscriber
 from pubsub_mw.broker.presence import Notice
@@ -36,6 +37,8 @@ class Recorder:
     Attributes:
         publications, notices: channel and what came on it, as they came
         told: "lost", and the name of each channel that was confirmed, in order
+        foreign: payloads that are not ours, and not to be remembered
+        calls: how often publications were handed on
     """
 
     subscriber: Subscriber
@@ -44,9 +47,13 @@ class Recorder:
         self.publications: list[tuple[str, Publication]] = []
         self.notices: list[tuple[str, Notice]] = []
         self.told: list[str] = []
+        self.foreign: list[bytes] = []
+        self.calls = 0
 
-    def on_publication(self, channel: str, publication: Publication) -> None:
-        self.publications.append((channel, publication))
+    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+        self.calls += 1
+        for channel, payloads in arrived.items():
+            self.publications += [(channel, decode(payload)) for payload in payloads if payload not in self.foreign]
 
     def on_notice(self, channel: str, notice: Notice) -> None:
         self.notices.append((channel, notice))

@@ -27,17 +27,17 @@ def draft(head: bytes, tag: str, exclude: str) -> Draft:
 
 
 @settings(deadline=None)
-@given(st.binary(), positions, marks, excluded)
-def test_a_publication_survives_its_bytes(head: bytes, position: Position, previous: str, exclude: str) -> None:
+@given(st.binary(), positions, positions, excluded)
+def test_a_publication_survives_its_bytes(head: bytes, position: Position, previous: Position, exclude: str) -> None:
     frame = head + str(position).encode() + b'"}'
     payload = encode(draft(head, position.tag, exclude), position, previous)
     assert decode(payload) == Publication(position, previous, exclude, frame)
 
 
 def test_a_publication_that_was_not_kept_has_an_empty_frame() -> None:
-    payload = encode(draft(b"{", "t", "c1"), Position("e", 1, "t"), "0")
+    payload = encode(draft(b"{", "t", "c1"), Position("e", 1, "t"), Position("e", 0, "0"))
     header = payload[: payload.index(b"\n") + 1]
-    assert decode(header) == Publication(Position("e", 1, "t"), "0", "c1", b"")
+    assert decode(header) == Publication(Position("e", 1, "t"), Position("e", 0, "0"), "c1", b"")
 
 
 @settings(deadline=None, max_examples=500)
@@ -55,7 +55,7 @@ def test_bytes_of_others_raise_nothing_but_a_value_error(payload: bytes) -> None
     except ValueError:
         return
     header, _, frame = payload.partition(b"\n")
-    assert header.decode() == f"{publication.position} {publication.previous_tag} {publication.exclude}"
+    assert header.decode() == f"{publication.previous} {publication.position} {publication.exclude} {publication.reply}"
     assert publication.frame == frame
 
 
@@ -65,13 +65,14 @@ def test_bytes_of_others_raise_nothing_but_a_value_error(payload: bytes) -> None
         b"",
         b"\n",
         b"hello",
-        b"e.1.t 0  ",
-        b"e.1.t 0\n{}",
-        b"e.1.t  0  \n{}",
-        b"e.x.t 0  \n{}",
+        b"e.0.0 e.1.t  ",
+        b"e.0.0 e.1.t\n{}",
+        b"e.0.0  e.1.t  \n{}",
+        b"e.0.0 e.x.t  \n{}",
+        b"e.x.0 e.1.t  \n{}",
         b"x" * 600 + b"\n{}",
-        b"e.1.t 0 c d e\n{}",
-        b"\xc3\xa9.1.t 0  \n{}",
+        b"e.0.0 e.1.t c d e\n{}",
+        b"\xc3\xa9.0.0 e.1.t  \n{}",
         b'{"json":1}',
         b"\x80\x04K\x01.",
     ],

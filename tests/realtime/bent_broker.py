@@ -14,8 +14,9 @@ from typing import Any
 
 from pubsub_mw.broker.interface import Listener
 from pubsub_mw.broker.memory import AsyncMemoryBroker, MemoryBroker, MemorySubscriber
+from pubsub_mw.broker.presence import Notice
 from pubsub_mw.errors import BrokerUnavailable
-from pubsub_mw.model import Channel, HistoryPage, Publication
+from pubsub_mw.model import Channel, HistoryPage
 from pubsub_mw.settings import Settings
 
 __all__ = ["BentBroker", "BentLink"]
@@ -30,9 +31,9 @@ class BentLink(MemorySubscriber):
         self._wanted: dict[Channel, None] = {}
         self._followed: set[str] = set()
         self._up: deque[tuple[str, Channel]] = deque()
-        self._down: deque[tuple[str, Publication | None]] = deque()
+        self._down: deque[tuple[str, bytes | None]] = deque()
         self._is_dark = False
-        self._is_attached = False
+        self._is_held = False
         self.is_smooth = False
         self.keeps_over_loss = False
 
@@ -58,9 +59,16 @@ class BentLink(MemorySubscriber):
         finally:
             self._broker.detach(self)
 
-    def offer(self, channel: str, publication: Publication) -> None:
-        if channel in self._followed and not self._is_dark:
-            self._down.append((channel, publication))
+    def pause(self) -> None:
+        self._is_held = True
+
+    def resume(self) -> None:
+        self._is_held = False
+        self._flow()
+
+    def offer(self, channel: str, item: bytes | Notice) -> None:
+        if isinstance(item, bytes) and channel in self._followed and not self._is_dark:
+            self._down.append((channel, item))
             self._flow()
 
     def relink(self) -> None:
@@ -81,13 +89,22 @@ class BentLink(MemorySubscriber):
                 self._followed.discard(channel)
 
     def move_down(self, count: int) -> None:
-        """Let the oldest events arrive."""
-        for _ in range(min(count, len(self._down))):
-            channel, publication = self._down.popleft()
-            if publication is not None:
-                self._hub.on_publication(channel, publication)
-            elif channel in self._wanted:
+        """Let the oldest events arrive, at once as far as they are publications."""
+        arrived: dict[str, list[bytes]] = {}
+        for _ in range(0 if self._is_held else min(count, len(self._down))):
+            channel, payload = self._down.popleft()
+            if payload is not None:
+                arrived.setdefault(channel, []).append(payload)
+                continue
+            self._arrive(arrived)
+            arrived = {}
+            if channel in self._wanted:
                 self._hub.on_subscribed(channel)
+        self._arrive(arrived)
+
+    def _arrive(self, arrived: dict[str, list[bytes]]) -> None:
+        if arrived:
+            self._hub.on_publications(arrived)
 
     def make_smooth(self) -> None:
         """From now on move everything at once, from a new link if this one is dark."""

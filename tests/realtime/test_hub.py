@@ -17,7 +17,14 @@ from pubsub_mw.settings import Settings
 from tests.realtime.hub_world import HARSH_STEPS, KIND_STEPS, Client, World, spin
 from tests.realtime.virtual_loop import run_virtually
 
-TIGHT = {"recovery_page_bytes": 1_024, "recovery_buffer": 4, "resync_batch": 2, "resync_concurrency": 2}
+TIGHT = {
+    "recovery_page_bytes": 1_024,
+    "recovery_buffer": 4,
+    "resync_batch": 2,
+    "resync_concurrency": 2,
+    "fan_out_slice": 1,
+    "fan_out_bytes": 1_024,
+}
 
 NO_CHECK = 86_400
 """A `check_interval` that never comes, so that it cannot heal what should not have been broken."""
@@ -451,6 +458,34 @@ def test_who_is_excluded_gets_it_neither_live_nor_from_history() -> None:
         assert frames(other) == ["message 4", "message 5"]
 
     on_a_world(scenario)
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_foreign_bytes_cost_nobody_a_publication(is_reading: bool, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, late) = world.channels, world.clients
+        late.positions[channel] = world.broker.engine.position(channel)
+        await go_live(world, live)
+        if is_reading:
+            world.broker.link.break_off()
+            world.broker.link.move_up(1)
+            world.broker.link.move_down(1)
+            late.subscribe(channel, late.positions[channel])
+            await spin()
+            world.broker.begin_read(0)
+            await spin()
+        world.publish(channel)
+        world.broker.link.offer(channel, b"foreign")
+        world.broker.link.offer(channel, b"e.1.t e.x.t  \n{}")
+        world.publish(channel)
+        for _ in range(5):
+            await flow(world)
+        assert frames(live) == ["message 1", "message 2"]
+        if is_reading:
+            assert frames(late) == ["subscribed True", "message 1", "message 2"]
+
+    on_a_world(scenario)
+    assert "ours" in caplog.text
 
 
 def test_what_is_not_kept_reaches_who_is_live_and_is_told_to_who_was_away() -> None:

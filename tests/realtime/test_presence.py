@@ -37,16 +37,16 @@ class LossySubscriber(MemorySubscriber):
         if not self.is_deaf:
             super().subscribe(channel)
 
-    def offer_notice(self, channel: str, notice: Notice) -> None:
-        if self.held is not None:
-            self.held.append((channel, notice))
-        elif not self.is_losing:
-            super().offer_notice(channel, notice)
+    def offer(self, channel: str, item: bytes | Notice) -> None:
+        if isinstance(item, Notice) and self.held is not None:
+            self.held.append((channel, item))
+        elif isinstance(item, bytes) or not self.is_losing:
+            super().offer(channel, item)
 
     def release(self) -> None:
         held, self.held = self.held or [], None
         for channel, notice in held:
-            super().offer_notice(channel, notice)
+            super().offer(channel, notice)
 
 
 class WeakBroker(AsyncMemoryBroker):

@@ -2,11 +2,12 @@ r"""Store a publication as bytes, and read it back.
 
 In:     drafts and positions; bytes from history or pub/sub
 Out:    bytes; `Publication` values
-Owns:   the layout: `<position> <previous tag> <exclude> <reply>\n<frame>`; and that of a request in the queue,
+Owns:   the layout: `<previous position> <position> <exclude> <reply>\n<frame>`; and that of a request in the queue,
         JSON after its HMAC-SHA256
 Never:  looks into the frame; lets bytes that are not ours through
 
-The same bytes are the history entry and the pub/sub payload. `publish.lua` builds the same layout.
+The same bytes are the history entry and the pub/sub payload. `publish.lua` builds the same layout. The previous
+position stands in it as text so that whoever is exactly there finds out by comparing bytes, and parses nothing.
 """
 
 import base64
@@ -17,14 +18,34 @@ import orjson
 from pubsub_mw.model import FROM_HANDSHAKE, Channel, ConnectionId, Draft, Handshake, Position, Publication, Request
 from pubsub_mw.protocol import message_tail
 
-__all__ = ["decode", "decode_request", "encode", "encode_request"]
+__all__ = ["decode", "decode_request", "encode", "encode_request", "split"]
+
+_LONGEST_HEADER = 512
 
 
-def encode(draft: Draft, position: Position, previous_tag: str) -> bytes:
-    """Return the payload of `draft` at `position`."""
+def encode(draft: Draft, position: Position, previous: Position) -> bytes:
+    """Return the payload of `draft` at `position`, which follows `previous`."""
     text = str(position).encode()
-    header = f"{position} {previous_tag} {draft.exclude} {draft.reply}\n".encode()
+    header = f"{previous} {position} {draft.exclude} {draft.reply}\n".encode()
     return header + draft.head + text + message_tail
+
+
+def split(payload: bytes) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+    """Return previous position, position, exclude, reply and frame, each as it stands there.
+
+    Where the first is a position that was given out, tag and all, the rest is ours too.
+
+    Raises:
+        ValueError: the bytes are no payload.
+    """
+    header, separator, frame = payload.partition(b"\n")
+    if not separator or len(header) > _LONGEST_HEADER:
+        raise ValueError("not a publication: no header")
+    try:
+        previous, position, exclude, reply = header.split(b" ")
+    except ValueError:
+        raise ValueError("not a publication: malformed header") from None
+    return previous, position, exclude, reply, frame
 
 
 def decode(payload: bytes) -> Publication:
@@ -33,14 +54,12 @@ def decode(payload: bytes) -> Publication:
     Raises:
         ValueError: the bytes are not one.
     """
-    header, separator, frame = payload.partition(b"\n")
-    if not separator or len(header) > 512:
-        raise ValueError("not a publication: no header")
+    *header, frame = split(payload)
     try:
-        position, previous_tag, exclude, reply = header.decode("ascii").split(" ")
-    except ValueError as error:
+        previous, position, exclude, reply = [field.decode("ascii") for field in header]
+    except UnicodeDecodeError as error:
         raise ValueError("not a publication: malformed header") from error
-    return Publication(Position.parse(position), previous_tag, exclude, frame, reply)
+    return Publication(Position.parse(position), Position.parse(previous), exclude, frame, reply)
 
 
 def encode_request(request: Request, key: bytes) -> bytes:

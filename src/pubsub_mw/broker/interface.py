@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Protocol
 
 from pubsub_mw.broker.presence import Notice, PresenceCall, Present
-from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position, Publication, Request
+from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position, Request
 
 __all__ = [
     "Acceptance",
@@ -144,8 +144,12 @@ class Broker(Protocol):
 class Listener(Protocol):
     """What a `Subscriber` tells, always from the event loop, never concurrently."""
 
-    def on_publication(self, channel: str, publication: Publication) -> None:
-        """A publication arrived. *At most once*, in the order of the link; recovery is the listener's part."""
+    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+        """Publications arrived, all that came at once: for each channel their payloads, as `codec` lays them out.
+
+        *At most once*, in the order of the link within a channel; recovery is the listener's part, and so is finding
+        out whether they are ours.
+        """
 
     def on_notice(self, channel: str, notice: Notice) -> None:
         """A user came to the channel or went. *At most once*; numbers that are left out are the listener's part."""
@@ -158,11 +162,18 @@ class Listener(Protocol):
 
 
 class Subscriber(Protocol):
-    """One process's link to the broker's pub/sub. Both methods take effect later, in the order called."""
+    """One process's link to the broker's pub/sub. Wishes take effect later, in the order called."""
 
     def subscribe(self, channel: Channel) -> None: ...
 
     def unsubscribe(self, channel: Channel) -> None: ...
+
+    def pause(self) -> None:
+        """Take in no more, until `resume`: the listener has more than it can hand on. What comes meanwhile may be
+        lost, and then is so as with a link that broke.
+        """
+
+    def resume(self) -> None: ...
 
     async def run(self) -> None:
         """Keep the link, for ever. Its one owner awaits this."""

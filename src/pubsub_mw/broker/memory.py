@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pubsub_mw.broker.codec import decode, encode
 from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Taken, answer_key
 from pubsub_mw.broker.presence import Notice, PresenceCall, Present, Roster
-from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Publication, Request
+from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Request
 from pubsub_mw.settings import Settings
 
 __all__ = ["AsyncMemoryBroker", "MemoryBroker", "MemoryQueue", "MemorySubscriber", "memory_broker"]
@@ -52,6 +52,10 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+# What was offered to a subscriber and not handed on yet: channel, and a publication's payload or a notice.
+_Arrived = list[tuple[str, bytes | Notice]]
 
 
 @dataclass(slots=True)
@@ -114,7 +118,7 @@ class MemoryBroker:
                 return known
         history = self._history(draft.channel, now)
         position = Position(history.epoch, history.offset + 1, draft.tag)
-        payload = encode(draft, position, history.tag)
+        payload = encode(draft, position, history.top)
         kept = payload if draft.is_kept else payload[: payload.index(b"\n") + 1]
         history.entries.append(kept)
         while len(history.entries) > draft.history_size:
@@ -124,10 +128,9 @@ class MemoryBroker:
         history.expires = now + self._settings.position_ttl
         if draft.idempotency_key:
             self._keys[key] = (position, now + self._settings.idempotency_ttl)
-        publication = decode(payload)
         # Under the lock, so that every subscriber gets publications in offset order.
         for subscriber in self._subscribers:
-            subscriber.offer(draft.channel, publication)
+            subscriber.offer(draft.channel, payload)
         return position
 
     def position(self, channel: Channel) -> Position:
@@ -186,7 +189,7 @@ class MemoryBroker:
                 self._rosters[call.channel] = roster
             for notice in notices:
                 for subscriber in self._subscribers:
-                    subscriber.offer_notice(call.channel, notice)
+                    subscriber.offer(call.channel, notice)
             return present
 
     def _put(self, payload: bytes) -> None:
@@ -287,6 +290,16 @@ class MemoryBroker:
         with self._lock:
             self._subscribers.remove(subscriber)
 
+    def collect(self, subscriber: "MemorySubscriber") -> _Arrived | None:
+        """Return what was offered to a subscriber since it last asked; None = too much, and it is gone."""
+        with self._lock:
+            return subscriber.take()
+
+    @property
+    def buffer_size(self) -> int:
+        """Publications that may wait for an event loop; beyond it they are read from history."""
+        return self._settings.recovery_buffer
+
     def lose(self) -> None:
         """Forget every channel, as a Redis restarted without persistence does."""
         with self._lock:
@@ -369,6 +382,8 @@ class MemorySubscriber:
         self._unconfirmed: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._is_up = False
+        self._is_paused = False
+        self._arrived: _Arrived | None = []
 
     @property
     def is_up(self) -> bool:
@@ -392,20 +407,31 @@ class MemorySubscriber:
             self._is_up = False
             self._broker.detach(self)
 
-    def offer(self, channel: str, publication: Publication) -> None:
-        """Take a publication, from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, channel, publication)
-        except RuntimeError:
-            # The loop is closed and its owner has not come to `detach`: there is nobody left to tell.
-            log.debug("a publication came for an event loop that is closed")
+    def pause(self) -> None:
+        self._is_paused = True
 
-    def offer_notice(self, channel: str, notice: Notice) -> None:
-        """Take a notice, from any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._deliver_notice, channel, notice)
-        except RuntimeError:
-            log.debug("a notice came for an event loop that is closed")
+    def resume(self) -> None:
+        self._is_paused = False
+        self._deliver()
+
+    def offer(self, channel: str, item: bytes | Notice) -> None:
+        """Take a publication's payload or a notice, from any thread that holds the broker's lock."""
+        if self._arrived is None:
+            return
+        self._arrived.append((channel, item))
+        if len(self._arrived) == 1:
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                # The loop is closed and its owner has not come to `detach`: there is nobody left to tell.
+                log.debug("a publication came for an event loop that is closed")
+        elif len(self._arrived) > self._broker.buffer_size:
+            self._arrived = None
+
+    def take(self) -> _Arrived | None:
+        """Give up what has arrived, to whom holds the broker's lock."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
     def relink(self) -> None:
         """Make the listener read everything anew, as after a broken link; from any thread."""
@@ -426,13 +452,33 @@ class MemorySubscriber:
             self._unconfirmed.discard(channel)
             self._listener.on_subscribed(channel)
 
-    def _deliver(self, channel: str, publication: Publication) -> None:
-        if self._is_up and channel in self._channels:
-            self._listener.on_publication(channel, publication)
+    def _deliver(self) -> None:
+        """Hand on all that arrived since the last time, publications of one channel together."""
+        if self._is_paused:
+            return
+        arrived = self._broker.collect(self)
+        if not self._is_up:
+            return
+        if arrived is None:
+            log.warning("more was published than this process could deliver; what is missing is read from history")
+            self._relink()
+            return
+        publications: dict[str, list[bytes]] = {}
+        for channel, item in arrived:
+            if channel not in self._channels:
+                continue
+            if isinstance(item, bytes):
+                publications.setdefault(channel, []).append(item)
+            else:
+                # A notice keeps its place among the publications.
+                self._hand_on(publications)
+                publications = {}
+                self._listener.on_notice(channel, item)
+        self._hand_on(publications)
 
-    def _deliver_notice(self, channel: str, notice: Notice) -> None:
-        if self._is_up and channel in self._channels:
-            self._listener.on_notice(channel, notice)
+    def _hand_on(self, publications: dict[str, list[bytes]]) -> None:
+        if publications:
+            self._listener.on_publications(publications)
 
 
 class AsyncMemoryBroker:

@@ -3,7 +3,8 @@
 In:     subscriptions from `connection`; publications, confirmations and losses from the broker's subscriber
 Out:    frames into send queues: `subscribed`, `message`, `gap`, and `error` where the broker does not answer
 Owns:   one `_Channel` per channel with a subscription: who is live, who catches up, and their shared track
-Never:  sends a live publication that is not exactly the next one; awaits anything per subscriber
+Never:  sends a live publication that is not exactly the next one; awaits anything per subscriber; keeps the event loop
+        from other connections for longer than `fan_out_slice` deliveries take
 
 The order that loses nothing: a subscription first waits, then the broker confirms that the channel is followed, and
 only then history is read. What comes live during the read is remembered (`recent`). When the page is there, what was
@@ -12,22 +13,28 @@ missed, then what is in `recent`, is sent, and the subscription goes live: all w
 A channel is stale when its track met anything but the next publication, or when the link to the broker was made
 anew. Nothing goes out on a stale channel until history was read. Reads are done by a few workers, each for many
 channels in one round trip, so that a reconnect of everybody costs one read per channel.
+
+What arrives on a channel at once goes out as one batch, in the same turn of the event loop. A fan-out too large for one
+turn (`_FanOut`) begins in the next one, and takes as many as it needs. It is for those who were live when it was
+decided, unless they leave; who joins later, joins behind it. Until it is over the track stays where it is, nothing else
+goes to the channel's live subscriptions, and what comes meanwhile, live or from history, waits for its end.
 """
 
 import asyncio
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from pubsub_mw import protocol
+from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.broker.presence import Notice
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
-from pubsub_mw.realtime.send_queue import Batch, SendQueue
-from pubsub_mw.realtime.subscription import GapReason, Next, Subscription, Track, catch_up
+from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.subscription import GapReason, Run, Subscription, Track, catch_up, runs_of
 from pubsub_mw.settings import Settings
 
 __all__ = ["Hub"]
@@ -41,21 +48,55 @@ _REREAD_SECONDS = 0.01
 """Until history is read again for a subscription that is ahead of what has come live."""
 
 
+class _FanOut:
+    """What is on its way to the live subscriptions of a channel, and what waits for its end.
+
+    Attributes:
+        runs: what is sent, in order
+        targets: to whom; `done` of them have it
+        payloads: what came live meanwhile
+        page: what a read of history found meanwhile
+        cost: of one target, in deliveries
+    """
+
+    __slots__ = ("cost", "done", "page", "payloads", "runs", "targets")
+
+    def __init__(self, runs: list[Run], targets: list[Subscription], cost: int) -> None:
+        self.runs = runs
+        self.targets = targets
+        self.done = 0
+        self.cost = cost
+        self.payloads: list[bytes] = []
+        self.page: tuple[_Read, HistoryPage] | None = None
+
+
 class _Channel:
     """One channel that somebody in this process listens to."""
 
-    __slots__ = ("doubts", "is_confirmed", "is_reading", "is_stale", "live", "name", "recent", "track", "waiting")
+    __slots__ = (
+        "doubts",
+        "fan_out",
+        "is_confirmed",
+        "is_reading",
+        "is_stale",
+        "live",
+        "name",
+        "recent",
+        "track",
+        "waiting",
+    )
 
     def __init__(self, name: Channel) -> None:
         self.name = name
-        self.live: dict[Subscription, None] = {}  # everything up to `track` was put into their queues
+        self.live: dict[Subscription, SendQueue] = {}  # they have, or are about to get, everything up to `track`
         self.waiting: dict[Subscription, None] = {}  # each at its own position
         self.track: Track | None = None  # None until history was read for the first time
         self.is_confirmed = False  # the broker delivers this channel's publications to us
         self.is_stale = False  # `track` is not to be trusted before history was read
         self.doubts = 0  # counts what makes a read under way worthless: history must be asked after it
         self.is_reading = False
-        self.recent: list[Publication] | None = None  # what came live since the read under way began
+        self.recent: list[bytes] | None = None  # what came live since the read under way began
+        self.fan_out: _FanOut | None = None
 
     @property
     def is_settled(self) -> bool:
@@ -74,6 +115,11 @@ class Hub:
         self._subscriber = broker.subscriber(self)
         self._wanted: dict[_Channel, None] = {}
         self._work = asyncio.Event()
+        self._fanning_out: dict[_Channel, None] = {}
+        self._goes_on = False  # in the next turn
+        self._left = 0  # deliveries that may still be made in this turn
+        self._waiting_bytes = 0  # of payloads that wait for a fan-out
+        self._is_paused = False
         self.on_presence: Callable[[str, Notice | None], None] = lambda _channel, _notice: None
         """Told of each notice, and of None when a channel's notices may have been missed."""
         self.gaps_told = 0
@@ -147,16 +193,21 @@ class Hub:
 
     # What the broker's subscriber tells.
 
-    def on_publication(self, channel: str, publication: Publication) -> None:
-        found = self._channels.get(channel)
-        if found is None:
-            return
-        if found.recent is not None and len(found.recent) <= self._settings.recovery_buffer:
-            found.recent.append(publication)
-        if found.track is not None and not found.is_stale:
-            self._offer(found, found.track, publication)
+    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+        self._left = self._settings.fan_out_slice
+        for name, payloads in arrived.items():
+            channel = self._channels.get(name)
+            if channel is None:
+                continue
+            if channel.recent is not None and len(channel.recent) <= self._settings.recovery_buffer:
+                channel.recent += payloads
+            if channel.track is not None and not channel.is_stale:
+                self._offer(channel, channel.track, payloads)
 
     def on_notice(self, channel: str, notice: Notice) -> None:
+        found = self._channels.get(channel)
+        while found is not None and found.fan_out is not None:
+            self._slice(found, found.fan_out, len(found.fan_out.targets))  # what came before it goes out before it
         self.on_presence(channel, notice)
 
     def on_subscribed(self, channel: str) -> None:
@@ -182,33 +233,92 @@ class Hub:
 
     # Sending.
 
-    def _offer(self, channel: _Channel, track: Track, publication: Publication) -> None:
-        verdict = track.offer(publication)
-        if verdict is Next.NEXT:
-            batch, exclude = Batch((publication.frame,)), publication.exclude
-            for subscription in channel.live:
-                if not exclude or subscription.connection != exclude:
-                    subscription.send_queue.put_batch(batch)
-                if publication.reply and subscription.on_reply is not None:
-                    subscription.on_reply(publication.reply)
-            self.publications_delivered += len(channel.live)
-        elif verdict is Next.BROKEN:
+    def _offer(self, channel: _Channel, track: Track, payloads: Sequence[bytes]) -> None:
+        """Send those that are next, and have history read if there are others."""
+        if channel.fan_out is not None:
+            channel.fan_out.payloads += payloads
+            self._waiting_bytes += sum(map(len, payloads))
+            if self._waiting_bytes > self._settings.fan_out_bytes and not self._is_paused:
+                self._is_paused = True
+                self._subscriber.pause()
+            return
+        try:
+            runs, is_whole = track.advance(payloads)
+        except ValueError as error:
+            log.error("ignored %d publications on %s, one of which is not ours: %s", len(payloads), channel.name, error)
+            runs, is_whole = [], False
+        if runs:
+            self.publications_delivered += len(channel.live) * sum([len(run.batch.frames) for run in runs])
+            self._fan_out(channel, runs)
+        if not is_whole:
             channel.is_stale = True
             channel.doubts += 1
             self._want(channel)
 
-    def _send_missed(self, subscription: Subscription, publications: Iterable[Publication]) -> None:
-        for publication in publications:
-            if not publication.exclude or publication.exclude != subscription.connection:
-                subscription.send_queue.put_recovered_nowait(publication.frame)
-            if publication.reply and subscription.on_reply is not None:
-                subscription.on_reply(publication.reply)
+    def _fan_out(self, channel: _Channel, runs: list[Run]) -> None:
+        """Send to all that are live, now if that is little, else from the next turn on."""
+        live = channel.live
+        cost = sum([1 + (run.batch.size >> 13) for run in runs])
+        if len(live) * cost <= self._left:
+            self._left -= len(live) * cost
+            for run in runs:
+                if run.is_plain:
+                    batch = run.batch
+                    for send_queue in list(live.values()):  # one that closes may make its subscription leave
+                        send_queue.put_batch(batch)
+                else:
+                    for subscription in list(live):
+                        _put(subscription, run)
+        elif live:
+            channel.fan_out = _FanOut(runs, list(live), cost)
+            self._fanning_out[channel] = None
+            self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if self._fanning_out and not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Make this turn's part of the fan-outs under way."""
+        self._goes_on, self._left = False, self._settings.fan_out_slice
+        if not self._fanning_out:
+            return
+        self._go_on_soon()  # whatever happens below
+        share = self._left // len(self._fanning_out)
+        for channel in list(self._fanning_out):
+            if channel.fan_out is not None:
+                self._slice(channel, channel.fan_out, max(1, share // channel.fan_out.cost))
+
+    def _slice(self, channel: _Channel, fan_out: _FanOut, count: int) -> None:
+        """Send to the next `count` targets; after the last one, take up what waited."""
+        targets = fan_out.targets[fan_out.done : fan_out.done + count]
+        fan_out.done += len(targets)
+        self._left -= len(targets) * fan_out.cost
+        for subscription in targets:
+            if subscription in channel.live:
+                for run in fan_out.runs:
+                    _put(subscription, run)
+        if fan_out.done < len(fan_out.targets):
+            return
+        channel.fan_out = None
+        del self._fanning_out[channel]
+        self._waiting_bytes -= sum(map(len, fan_out.payloads))
+        # On a channel that became stale they are too old for whatever comes next; history has them.
+        is_wanted = not channel.is_stale
+        if fan_out.page is not None:
+            self._take(*fan_out.page)
+        if fan_out.payloads and is_wanted and not channel.is_stale and channel.track is not None:
+            self._offer(channel, channel.track, fan_out.payloads)
+        if self._is_paused and self._waiting_bytes <= self._settings.fan_out_bytes // 2:
+            self._is_paused = False
+            self._subscriber.resume()
 
     def _join(self, channel: _Channel, subscription: Subscription, position: Position) -> None:
         """Make a waiting subscription live; it has been sent everything up to the channel's track."""
         self._begin(subscription, position, None if subscription.position is None else True)
         del channel.waiting[subscription]
-        channel.live[subscription] = None
+        channel.live[subscription] = subscription.send_queue
         subscription.joined_at = subscription.joined_at or position
         subscription.position = position
         self._unsettled.pop(subscription, None)
@@ -222,12 +332,6 @@ class Hub:
                 members = subscription.on_begin() if subscription.on_begin is not None else None
                 frame = protocol.subscribed(subscription.channel, position, recovered, members)
                 subscription.send_queue.put_nowait(frame)
-
-    def _tell_gap(self, subscription: Subscription, position: Position, reason: GapReason) -> None:
-        subscription.since = position
-        self.gaps_told += 1
-        frame = protocol.gap(subscription.channel, position, reason)
-        subscription.send_queue.put_nowait(frame)
 
     # Reading history.
 
@@ -252,6 +356,8 @@ class Hub:
         finally:
             for channel in self._channels.values():
                 channel.is_reading, channel.recent = False, None
+                if channel.fan_out is not None:
+                    channel.fan_out.page = None
         raise AssertionError("unreachable: the tasks above do not end")
 
     async def _read(self) -> None:
@@ -272,31 +378,45 @@ class Hub:
             except BrokerUnavailable as error:
                 pages = [error] * len(reads)
             for read, page in zip(reads, pages, strict=True):
-                recent = read.end()
                 channel = read.channel
-                if self._channels.get(channel.name) is not channel:
+                if not isinstance(page, Exception):
+                    self._left = self._settings.fan_out_slice
+                    self._take(read, page)
                     continue
-                if isinstance(page, Exception):
+                read.end()
+                if self._channels.get(channel.name) is channel:
                     log.warning("history of %s could not be read: %s", channel.name, page)
                     delay = random.uniform(_RETRY_SECONDS / 2, _RETRY_SECONDS)
                     asyncio.get_running_loop().call_later(delay, self._want, channel)
-                elif read.doubts == channel.doubts:
-                    self._settle(read, page, recent)
-                elif channel.is_confirmed:
-                    self._want(channel)
 
-    def _settle(self, read: "_Read", page: HistoryPage, recent: list[Publication]) -> None:
+    def _take(self, read: "_Read", page: HistoryPage) -> None:
+        """Take what a read found, if it still counts and nothing is on its way out that must come before it."""
+        channel = read.channel
+        if channel.fan_out is not None:
+            channel.fan_out.page = (read, page)
+            return
+        recent = read.end()
+        if self._channels.get(channel.name) is not channel:
+            return
+        if read.doubts == channel.doubts:
+            self._settle(read, page, recent)
+        elif channel.is_confirmed:
+            self._want(channel)
+
+    def _settle(self, read: "_Read", page: HistoryPage, recent: list[bytes]) -> None:
         """Bring the track and those who wait forward by what `page` tells. No `await` from here to the end."""
         channel = read.channel
         was_stale = channel.track is None or channel.is_stale
         track = self._settle_track(read, page)
+        # Many wait at the same place, and get the same batches.
+        places: dict[Position | None, list[Subscription]] = {}
         for subscription in read.waiting:
             if subscription in channel.waiting:
-                self._settle_subscription(channel, track, subscription, page, recent)
-        if was_stale and not channel.is_stale:
-            for publication in recent:
-                if not channel.is_stale:
-                    self._offer(channel, track, publication)
+                places.setdefault(subscription.position, []).append(subscription)
+        for position, subscriptions in places.items():
+            self._settle_place(channel, track, position, subscriptions, page, recent)
+        if was_stale and not channel.is_stale and recent:
+            self._offer(channel, track, recent)
         if len(recent) > self._settings.recovery_buffer:
             self._want(channel)
         elif self._needs_read(channel):
@@ -340,8 +460,10 @@ class Hub:
             channel.is_stale = not page.is_complete and (channel.is_stale or bool(outcome.publications))
         elif channel.is_stale:
             for subscription in channel.live:
-                self._tell_gap(subscription, outcome.position, outcome.lost)
+                subscription.since = outcome.position
+            self.gaps_told += len(channel.live)
             channel.is_stale = False
+            self._fan_out(channel, [Run((protocol.gap(channel.name, outcome.position, outcome.lost),))])
         else:
             return track
         track.move(outcome)
@@ -349,56 +471,66 @@ class Hub:
 
     def _bring_forward(self, channel: _Channel, position: Position, publications: tuple[Publication, ...]) -> None:
         """Send to the live what they missed; who reads too slowly for that catches up alone, from `position`."""
-        for subscription in list(channel.live) if publications else ():
-            if subscription.send_queue.is_low:
-                self._send_missed(subscription, publications)
-            else:
-                del channel.live[subscription]
-                channel.waiting[subscription] = None
-                subscription.position = position
+        if not publications:
+            return
+        for subscription in [item for item, send_queue in channel.live.items() if not send_queue.is_low]:
+            del channel.live[subscription]
+            channel.waiting[subscription] = None
+            subscription.position = position
+        self._fan_out(channel, runs_of(publications))
 
-    def _settle_subscription(
+    def _settle_place(
         self,
         channel: _Channel,
         track: Track,
-        subscription: Subscription,
+        start: Position | None,
+        subscriptions: list[Subscription],
         page: HistoryPage,
-        recent: list[Publication],
+        recent: list[bytes],
     ) -> None:
-        if subscription.position is None:
+        """Bring forward those who wait at `start`."""
+        if start is None:
             if not channel.is_stale:
-                self._join(channel, subscription, track.position)
+                for subscription in subscriptions:
+                    self._join(channel, subscription, track.position)
             return
-        outcome = catch_up(subscription.position, page)
+        outcome = catch_up(start, page)
         position = outcome.position
         if outcome.lost is None and not outcome.publications and position != page.top:
             # The page ended before it: others are further behind. The broker did answer, so the time begins anew.
-            subscription.registered_at = asyncio.get_running_loop().time()
+            for subscription in subscriptions:
+                subscription.registered_at = asyncio.get_running_loop().time()
             return
-        if outcome.lost is not None and not channel.is_stale and not _is_behind(track.position, subscription.position):
+        if outcome.lost is not None and not channel.is_stale and not _is_behind(track.position, start):
             # Newer publications are on their way to the track: to begin ahead of it could miss one that is not kept.
             position = track.position
-        if outcome.lost is not None:
-            subscription.since = position
-        if not subscription.has_begun:
-            start = subscription.position
-            if start.is_start:
-                start = Position(page.top.epoch, start.offset, start.tag)
-            self._begin(subscription, position if outcome.lost else start, outcome.lost is None)
-            self._unsettled.pop(subscription, None)
-        elif outcome.lost is not None:
-            self._tell_gap(subscription, position, outcome.lost)
-        self._send_missed(subscription, outcome.publications)
+        began_at = position
+        if outcome.lost is None:
+            began_at = Position(page.top.epoch, start.offset, start.tag) if start.is_start else start
+        missed = list(outcome.publications)
         if not channel.is_stale and (page.is_complete or outcome.lost is not None):
-            for publication in recent:
+            for publication in _ours(recent):
                 if position == track.position:
                     break
                 if publication.follows(position):
-                    self._send_missed(subscription, (publication,))
+                    missed.append(publication)
                     position = publication.position
-        subscription.position = position
-        if position == track.position and not channel.is_stale:
-            self._join(channel, subscription, position)
+        runs = runs_of(missed)
+        is_there = position == track.position and not channel.is_stale
+        for subscription in subscriptions:
+            if not subscription.has_begun:
+                self._begin(subscription, began_at, outcome.lost is None)
+                self._unsettled.pop(subscription, None)
+            elif outcome.lost is not None:
+                self.gaps_told += 1
+                subscription.send_queue.put_nowait(protocol.gap(channel.name, began_at, outcome.lost))
+            if outcome.lost is not None:
+                subscription.since = began_at
+            for run in runs:
+                _put(subscription, run)
+            subscription.position = position
+            if is_there:
+                self._join(channel, subscription, position)
 
     async def _check(self) -> None:
         """Compare each channel's position with the broker's once per `check_interval`, spread over that time."""
@@ -438,6 +570,27 @@ def _is_behind(position: Position, other: Position) -> bool:
     return position.epoch == other.epoch and position.offset < other.offset
 
 
+def _put(subscription: Subscription, run: Run) -> None:
+    """Send a run to one subscription, as far as it is meant for it."""
+    if not run.exclude or subscription.connection != run.exclude:
+        if run.is_recovered:
+            subscription.send_queue.put_recovered_batch(run.batch)
+        else:
+            subscription.send_queue.put_batch(run.batch)
+    if run.reply and subscription.on_reply is not None:
+        subscription.on_reply(run.reply)
+
+
+def _ours(payloads: Iterable[bytes]) -> Iterator[Publication]:
+    """Read payloads up to the first that is not ours."""
+    for payload in payloads:
+        try:
+            yield decode(payload)
+        except ValueError as error:
+            log.error("ignored %d foreign bytes on a channel: %s", len(payload), error)
+            return
+
+
 class _Read:
     """One channel's part in one read of history.
 
@@ -461,7 +614,7 @@ class _Read:
         positions = [item.position for item in self.waiting] + [self.track_position]
         self.since = min((position.offset for position in positions if position is not None), default=None)
 
-    def end(self) -> list[Publication]:
+    def end(self) -> list[bytes]:
         """Stop remembering what comes live, and return it."""
         recent = self.channel.recent or []
         self.channel.recent, self.channel.is_reading = None, False

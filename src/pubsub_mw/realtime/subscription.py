@@ -1,23 +1,25 @@
 """Decide what one connection gets of one channel: order, duplicates, gaps, recovery.
 
-In:     a position, a page of history, live publications
-Out:    what to send, and the position after it; or the reason why continuity is lost
+In:     a position, a page of history, payloads that came live
+Out:    what to send, in runs, and the position after it; or the reason why continuity is lost
 Owns:   the rule: a publication is sent if it is exactly the next one, and otherwise history is asked
 Never:  does I/O; guesses. What cannot be shown to be complete is reported as lost
 
 `catch_up` is the whole of recovery. `Track` is the place in a channel that all of a process's live subscriptions
-share: they have all been sent everything up to it, so one comparison per publication serves them all.
+share: they have all been sent everything up to it, so one comparison of bytes per publication serves them all. While
+each is exactly the next one, nothing of it is parsed.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 
+from pubsub_mw.broker.codec import decode, split
 from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
-from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.send_queue import Batch, SendQueue
 
-__all__ = ["CatchUp", "GapReason", "Next", "Subscription", "Track", "catch_up"]
+__all__ = ["CatchUp", "GapReason", "Run", "Subscription", "Track", "catch_up", "runs_of"]
 
 
 class GapReason(StrEnum):
@@ -74,44 +76,116 @@ def catch_up(position: Position | None, page: HistoryPage) -> CatchUp:
     return CatchUp(position, missed, None)
 
 
-class Next(Enum):
-    """What a live publication is to a track."""
+class Run:
+    """Publications of one channel that follow each other and go to the same subscribers.
 
-    NEXT = 1  # exactly the next one: send it
-    KNOWN = 2  # it was sent already, from history
-    BROKEN = 3  # anything else: history must be asked
+    Attributes:
+        batch: their frames
+        exclude: the connection that does not get it, or ""
+        reply: as in `Publication`; of a run of one
+        is_recovered: whether it comes from history, and so is not bounded but paced
+        is_plain: whether everybody gets it, live, and that is all
+    """
+
+    __slots__ = ("batch", "exclude", "is_plain", "is_recovered", "reply")
+
+    def __init__(
+        self, frames: Iterable[bytes], exclude: str = "", reply: str = "", *, is_recovered: bool = False
+    ) -> None:
+        self.batch = Batch(tuple(frames))
+        self.exclude = exclude
+        self.reply = reply
+        self.is_recovered = is_recovered
+        self.is_plain = not (exclude or reply or is_recovered)
+
+
+def runs_of(publications: Iterable[Publication]) -> list[Run]:
+    """Return what was read from history as it is sent to those who missed it."""
+    runs: list[Run] = []
+    frames: list[bytes] = []
+    for publication in publications:
+        if publication.exclude or publication.reply:
+            if frames:
+                runs.append(Run(frames, is_recovered=True))
+                frames = []
+            runs.append(Run((publication.frame,), publication.exclude, publication.reply, is_recovered=True))
+        else:
+            frames.append(publication.frame)
+    if frames:
+        runs.append(Run(frames, is_recovered=True))
+    return runs
 
 
 class Track:
     """The place in a channel up to which everything has been sent."""
 
-    __slots__ = ("_from_history", "position")
+    __slots__ = ("_at", "_from_history", "_position")
 
     def __init__(self, position: Position) -> None:
-        self.position = position
+        self._position: Position | None = position
+        self._at = str(position).encode()  # the same, as it stands in payloads
         # Offset -> tag of what was sent from history and may still come live: the two travel on different links.
-        self._from_history: dict[int, str] = {}
+        self._from_history: dict[int, str] | None = None
 
-    def offer(self, publication: Publication) -> Next:
-        """Advance over `publication` if it is exactly the next one."""
-        if publication.follows(self.position):
-            self.position = publication.position
-            if self._from_history:
-                self._from_history = {}
-            return Next.NEXT
+    @property
+    def position(self) -> Position:
+        if self._position is None:
+            self._position = Position.parse(self._at.decode())
+        return self._position
+
+    def advance(self, payloads: Sequence[bytes]) -> tuple[list[Run], bool]:
+        """Advance over those that are exactly the next; what was sent from history already is left out.
+
+        Returns:
+            What is to be sent; and False if history must be asked, because one is neither. Those after it are not
+            looked at.
+
+        Raises:
+            ValueError: one is not ours. Nothing was advanced over.
+        """
+        runs: list[Run] = []
+        frames: list[bytes] = []
+        at, is_whole = self._at, True
+        for payload in payloads:
+            previous, position, exclude, reply, frame = split(payload)
+            if previous != at:
+                publication = decode(payload)
+                place = self.position if at is self._at else Position.parse(at.decode())
+                if not publication.follows(place):
+                    if publication.position == place or (at is self._at and self._is_from_history(publication)):
+                        continue
+                    is_whole = False
+                    break
+            at = position
+            if not exclude and not reply:
+                frames.append(frame)
+            else:
+                if frames:
+                    runs.append(Run(frames))
+                    frames = []
+                runs.append(Run((frame,), exclude.decode(), reply.decode()))
+        if frames:
+            runs.append(Run(frames))
+        if at is not self._at:
+            self._at, self._position, self._from_history = at, None, None
+        return runs, is_whole
+
+    def _is_from_history(self, publication: Publication) -> bool:
         own = publication.position
-        if own == self.position:
-            return Next.KNOWN
-        if own.epoch == self.position.epoch and self._from_history.get(own.offset) == own.tag:
-            return Next.KNOWN
-        return Next.BROKEN
+        return (
+            self._from_history is not None
+            and own.epoch == self.position.epoch
+            and self._from_history.get(own.offset) == own.tag
+        )
 
     def move(self, outcome: CatchUp) -> None:
         """Take over what history told."""
-        self.position = outcome.position
-        self._from_history |= {item.position.offset: item.position.tag for item in outcome.publications}
+        self._position, self._at = outcome.position, str(outcome.position).encode()
         if outcome.lost is not None:
-            self._from_history = {}
+            self._from_history = None
+        elif outcome.publications:
+            told = {item.position.offset: item.position.tag for item in outcome.publications}
+            self._from_history = {**(self._from_history or {}), **told}
 
 
 class Subscription:

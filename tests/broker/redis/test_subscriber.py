@@ -134,20 +134,75 @@ async def test_wishes_made_while_the_link_is_down_count_when_it_is_back(
         assert sorted(names) == ["pubsub:{news}:p", "pubsub:{third}:p"]
 
 
-async def test_foreign_bytes_are_logged_and_ignored(own_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_foreign_bytes_do_no_harm_to_the_link_and_are_the_listeners_to_judge(
+    own_redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = build(own_redis.port)
     live = f"pubsub:{{{ROOM}}}:p"
-    foreign: list[bytes | str] = [b"", b"\n", b"\xff\xfe\x00", "e.1.t", '{"json":1}', b"x" * 100_000, b"\x80\x04K\x01."]
+    foreign = [b"", b"\n", b"\xff\xfe\x00", b"e.1.t", b'{"json":1}', b"x" * 100_000, b"\x80\x04K\x01."]
+    notices = [b"!", b"! \n", b"!e 1 + \xff\n{}"]
     async with following(settings, ROOM) as recorder:
-        for payload in foreign:
+        recorder.foreign = foreign
+        for payload in (*foreign, *notices):
             own_redis.cli("PUBLISH", live, payload)
         await publish(settings, ROOM, "ours")
         await eventually_async(lambda: recorder.publications)
         assert recorder.data(ROOM) == ["ours"]
         assert "lost" not in recorder.told
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(errors) == len(foreign)
+    assert len(errors) == len(notices)
     assert all(len(record.getMessage()) < 300 for record in errors)
+
+
+async def test_what_comes_while_the_link_is_paused_arrives_afterwards_in_order(own_redis: RedisServer) -> None:
+    settings = build(own_redis.port, probe_timeout=PROBE_TIMEOUT)
+    async with following(settings, ROOM) as recorder:
+        await eventually_async(lambda: recorder.subscriber.is_up)
+        recorder.subscriber.pause()
+        for number in range(100):
+            await publish(settings, ROOM, number)
+        until = time.monotonic() + 2 * PROBE_TIMEOUT
+        await eventually_async(lambda: time.monotonic() > until)
+        assert len(recorder.publications) < 100
+        recorder.subscriber.resume()
+        await eventually_async(lambda: len(recorder.publications) == 100)
+        assert recorder.data(ROOM) == list(range(100))
+        assert recorder.told == [ROOM], "a silence of our own making is no loss"
+
+
+async def test_publications_that_arrive_at_once_are_handed_on_at_once(own_redis: RedisServer) -> None:
+    settings = build(own_redis.port)
+    async with following(settings, ROOM, NEWS) as recorder:
+        recorder.subscriber.pause()
+        for number in range(10):
+            await publish(settings, ROOM, number)
+            await publish(settings, NEWS, -number)
+        calls = recorder.calls
+        recorder.subscriber.resume()
+        await eventually_async(lambda: len(recorder.publications) == 20)
+        assert recorder.calls == calls + 1
+        assert recorder.data(ROOM) == list(range(10))
+        assert recorder.data(NEWS) == [-number for number in range(10)]
+
+
+async def test_a_user_who_may_not_subscribe_is_no_end_of_the_link(own_redis: RedisServer) -> None:
+    own_redis.cli("ACL", "SETUSER", "deaf", "on", ">sesame", "~*", "&elsewhere", "+@all")
+    settings = Settings.build(
+        f"redis://deaf:sesame@127.0.0.1:{own_redis.port}/0", environ={}, broker_timeout=2_000 * MS
+    )
+    broker = open_async_broker(settings)
+    recorder = Recorder()
+    subscriber = broker.subscriber(recorder)
+    subscriber.subscribe(ROOM)
+    task = asyncio.create_task(subscriber.run())
+    await eventually_async(lambda: recorder.told.count("lost") >= 2)
+    assert not subscriber.is_up
+    own_redis.cli("ACL", "SETUSER", "deaf", "&*")
+    await recorder.confirmed(ROOM)
+    await eventually_async(lambda: subscriber.is_up)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await broker.close()
 
 
 async def test_many_channels_are_subscribed_and_none_by_pattern(own_redis: RedisServer) -> None:

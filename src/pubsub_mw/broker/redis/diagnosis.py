@@ -9,7 +9,7 @@ Never:  changes the server: it writes one channel of its own, which expires
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -19,7 +19,7 @@ import redis
 from pubsub_mw.broker.presence import Notice
 from pubsub_mw.broker.redis.reader import AsyncRedisBroker
 from pubsub_mw.errors import BrokerUnavailable
-from pubsub_mw.model import Channel, Draft, Publication
+from pubsub_mw.model import Channel, Draft
 from pubsub_mw.protocol import message_head
 from pubsub_mw.settings import Settings
 
@@ -166,8 +166,10 @@ class _Ear:
         self.subscribed = asyncio.Event()
         self.heard: asyncio.Queue[Any] = asyncio.Queue(_ROUND_TRIPS)
 
-    def on_publication(self, channel: str, publication: Publication) -> None:  # noqa: ARG002 - one channel only
-        self.heard.put_nowait(publication)
+    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+        for payloads in arrived.values():
+            for payload in payloads:
+                self.heard.put_nowait(payload)
 
     def on_notice(self, channel: str, notice: Notice) -> None:
         """Nobody is on this channel."""

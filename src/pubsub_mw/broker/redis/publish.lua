@@ -7,7 +7,7 @@
 -- ARGV  1 epoch for a channel that has none    2 tag              3 frame up to its position  4 frame after it
 --       5 "<exclude> <reply>", either empty  6 history size     7 "1" = keep it in history
 --       8 history ttl, ms   9 position ttl, ms   10 idempotency ttl, ms   11 "1" = an earlier try may have arrived
--- Returns the position as text.
+-- Returns the position as text. The payload is laid out as `codec.py` says.
 
 if KEYS[4] then
   local known = redis.call('GET', KEYS[4])
@@ -18,21 +18,21 @@ local place = redis.call('HMGET', KEYS[1], 'e', 'o', 't')
 local epoch, offset, previous = place[1], place[2], place[3]
 if not epoch then
   -- A stream that outlived its position belongs to an epoch nobody can name any more.
-  epoch, offset, previous = ARGV[1], 0, '0'
+  epoch, offset, previous = ARGV[1], '0', '0'
   redis.call('DEL', KEYS[2])
 elseif ARGV[11] == '1' then
   local mark = '.' .. ARGV[2]
   for _, entry in ipairs(redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1000)) do
     local payload = entry[2][2]
-    local position = string.sub(payload, 1, string.find(payload, ' ', 1, true) - 1)
-    if string.sub(position, -#mark) == mark then return position end
+    local position = string.match(payload, '^%S+ (%S+)')
+    if position and string.sub(position, -#mark) == mark then return position end
   end
 end
 
 -- Lua numbers are doubles: exact to 2^53, and %.0f keeps them from turning into 1e+15.
 local next_offset = string.format('%.0f', tonumber(offset) + 1)
 local position = epoch .. '.' .. next_offset .. '.' .. ARGV[2]
-local header = position .. ' ' .. previous .. ' ' .. ARGV[5] .. '\n'
+local header = epoch .. '.' .. offset .. '.' .. previous .. ' ' .. position .. ' ' .. ARGV[5] .. '\n'
 local payload = header .. ARGV[3] .. position .. ARGV[4]
 
 -- The stream first: if it refuses, no offset is used up.

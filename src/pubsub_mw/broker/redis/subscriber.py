@@ -2,9 +2,13 @@
 
 In:     channels to follow; Redis's pub/sub
 Out:    publications, confirmations and losses, to one listener
-Owns:   one raw connection at a time, read by one task and written by one task that end together
+Owns:   one raw connection at a time; it is read as it arrives, without a task, and written by one task; both end
+        together
 Never:  lets a new connection pass for the old one: each loss and each confirmation is told, so that the listener
         reads from history what went by in between
+
+redis-py connects and shakes hands, as the url says. Then its socket is taken over: it would take a turn of the event
+loop for each message, while here all that one read of the socket brings is parsed and handed on at once.
 
 A PING proves nothing about delivery, so the link proves itself: a message published over another connection each
 `probe_interval` has to come back within `probe_timeout`. `redis.asyncio.PubSub` is not used because it reconnects
@@ -17,14 +21,14 @@ import math
 import random
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn, cast
 
+import hiredis
 import redis
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.interface import Listener
 from pubsub_mw.broker.presence import decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
@@ -41,8 +45,6 @@ _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
 """Seconds between attempts to connect; doubled each time, with full jitter."""
 
 _NAMES_PER_COMMAND = 1_000
-_MESSAGES_PER_TURN = 256
-"""Messages handled before other tasks of the loop get their turn."""
 
 
 def new_connection(settings: Settings) -> Connection:
@@ -61,6 +63,57 @@ def new_connection(settings: Settings) -> Connection:
     return connection
 
 
+class _Link(asyncio.Protocol):
+    """The socket to Redis, once it is connected.
+
+    Args:
+        receive: called when something arrived, with what returns the next whole reply, or False if there is none
+
+    Attributes:
+        ended: gets an exception when the link is gone
+        is_writable: unset while Redis takes nothing more
+    """
+
+    def __init__(self, transport: asyncio.Transport, receive: Callable[[Callable[[], Any]], None]) -> None:
+        self.transport = transport
+        self.ended: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
+        self.is_writable = asyncio.Event()
+        self.is_writable.set()
+        self._reader = hiredis.Reader(protocolError=redis.ConnectionError, replyError=redis.ResponseError)
+        self._receive = receive
+        transport.set_protocol(self)
+
+    def pause_reading(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._reader.feed(data)
+            self._receive(self._reader.gets)
+        except Exception as problem:  # noqa: BLE001 - whatever it is, the owner of the link sees it
+            self.end(problem)
+
+    def pause_writing(self) -> None:
+        self.is_writable.clear()
+
+    def resume_writing(self) -> None:
+        self.is_writable.set()
+
+    def connection_lost(self, problem: Exception | None) -> None:
+        self.end(problem or redis.ConnectionError("Redis closed the connection"))
+
+    def end(self, problem: Exception) -> None:
+        """Close the socket, whatever is still to be written; the first problem counts."""
+        self.transport.abort()
+        if not self.ended.done():
+            self.ended.set_exception(problem)
+
+
 class RedisSubscriber:
     """The link. `run` owns it; the other methods note what is wanted and wake its writer."""
 
@@ -69,30 +122,45 @@ class RedisSubscriber:
         self._listener = listener
         self._command = command
         self._keyspace = Keyspace(settings.prefix)
-        self._probe_channel = self._keyspace.probe(secrets.token_hex(8))
-        self._channels: dict[Channel, None] = {}
-        self._commands: list[tuple[str, Channel]] = []  # wanted changes not yet sent, in order
+        self._probe_channel = self._keyspace.probe(secrets.token_hex(8)).encode()
+        self._channels: dict[bytes, Channel] = {}  # by the name of their pub/sub channel
+        self._commands: list[tuple[bytes, bytes]] = []  # wanted changes not yet sent, in order
         self._wake = asyncio.Event()
-        self._is_linked = False
+        self._link: _Link | None = None
+        self._is_paused = False
         self._linked_at = self._heard_at = -math.inf
 
     @property
     def is_up(self) -> bool:
-        return self._is_linked and self._heard_at > self._linked_at
+        return self._link is not None and self._heard_at > self._linked_at
 
     def subscribe(self, channel: Channel) -> None:
-        self._channels[channel] = None
-        self._request("SUBSCRIBE", channel)
+        name = self._keyspace.live(channel).encode()
+        self._channels[name] = channel
+        self._request(b"SUBSCRIBE", name)
 
     def unsubscribe(self, channel: Channel) -> None:
-        self._channels.pop(channel, None)
-        self._request("UNSUBSCRIBE", channel)
+        name = self._keyspace.live(channel).encode()
+        self._channels.pop(name, None)
+        self._request(b"UNSUBSCRIBE", name)
 
-    def _request(self, command: str, channel: Channel) -> None:
+    def _request(self, command: bytes, name: bytes) -> None:
         # While there is no link nothing is noted: a new one begins with all of `_channels`.
-        if self._is_linked:
-            self._commands.append((command, channel))
+        if self._link is not None:
+            self._commands.append((command, name))
             self._wake.set()
+
+    def pause(self) -> None:
+        """Leave in Redis what comes from now on. Redis keeps so much, then it ends the link."""
+        self._is_paused = True
+        if self._link is not None:
+            self._link.pause_reading()
+
+    def resume(self) -> None:
+        self._is_paused = False
+        self._heard_at = max(self._heard_at, asyncio.get_running_loop().time())  # the silence was of our own making
+        if self._link is not None:
+            self._link.resume_reading()
 
     async def run(self) -> None:
         """Keep the link, for ever."""
@@ -102,8 +170,7 @@ class RedisSubscriber:
             try:
                 async with asyncio.timeout(self._settings.broker_timeout):
                     await connection.connect()  # type: ignore[no-untyped-call]
-                self._begin()
-                await self._serve(connection)
+                await self._serve(self._begin(connection))
             except (redis.RedisError, OSError, BrokerUnavailable) as problem:
                 if self.is_up:
                     attempt = 0  # not for a link that only stood: one that may not subscribe falls again at once
@@ -116,34 +183,43 @@ class RedisSubscriber:
                 await connection.disconnect(nowait=True)
             await asyncio.sleep(delay)
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, link: _Link) -> None:
         """Run the link until a part of it fails, and raise what it failed with."""
         # Not a task group: until Python 3.13 one that is ending already swallows a cancellation from outside.
-        tasks = [asyncio.create_task(part) for part in (self._read(connection), self._write(connection), self._probe())]
+        parts: list[asyncio.Future[NoReturn]] = [
+            link.ended,
+            asyncio.create_task(self._write(link)),
+            asyncio.create_task(self._probe()),
+        ]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
         finally:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for part in parts:
+                part.cancel()
+            results = await asyncio.gather(*parts, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
-    def _begin(self) -> None:
-        self._is_linked = True
-        self._commands = [("SUBSCRIBE", Channel(""))]  # stands for the probe's own channel
-        self._commands += [("SUBSCRIBE", channel) for channel in self._channels]
+    def _begin(self, connection: Connection) -> _Link:
+        writer = connection._writer  # redis-py offers no other way to the socket that it connected
+        assert writer is not None
+        self._link = link = _Link(cast(asyncio.Transport, writer.transport), self._receive)
+        if self._is_paused:
+            link.pause_reading()
+        self._commands = [(b"SUBSCRIBE", name) for name in (self._probe_channel, *self._channels)]
         self._linked_at = self._heard_at = asyncio.get_running_loop().time()
         self._wake.set()
+        return link
 
     def _end(self) -> None:
-        was_linked, self._is_linked = self._is_linked, False
+        link, self._link = self._link, None
         self._commands = []
-        if was_linked:
+        if link is not None:
+            link.transport.abort()
             self._listener.on_lost()
 
-    async def _write(self, connection: Connection) -> None:
+    async def _write(self, link: _Link) -> NoReturn:
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -154,46 +230,51 @@ class RedisSubscriber:
                 end, verb = start, commands[start][0]
                 while end < len(commands) and end - start < _NAMES_PER_COMMAND and commands[end][0] == verb:
                     end += 1
-                names = [self._keyspace.live(name) if name else self._probe_channel for _, name in commands[start:end]]
-                await connection.send_packed_command(
-                    b"".join(connection.pack_command(verb, *names)), check_health=False
-                )
+                command = (verb, *[name for _, name in commands[start:end]])
+                link.transport.write(hiredis.pack_command(command))  # type: ignore[arg-type] # its stub knows no more
+                await link.is_writable.wait()
                 start = end
 
-    async def _read(self, connection: Connection) -> None:
-        probe = self._probe_channel.encode()
-        count = 0
-        while True:
-            kind, name, payload = await connection.read_response(timeout=math.inf)
-            if kind == b"message":
-                if name == probe:
-                    self._heard_at = asyncio.get_running_loop().time()
+    def _receive(self, next_reply: Callable[[], Any]) -> None:
+        """Hand on all that has arrived, publications of one channel together."""
+        channels, listener = self._channels, self._listener
+        arrived: dict[str, list[bytes]] = {}
+        while (reply := next_reply()) is not False:
+            if isinstance(reply, Exception):
+                raise reply  # Redis refuses, as where a user may not subscribe
+            kind, name, payload = reply
+            channel = channels.get(name)
+            if kind == b"message" and channel is not None and not payload.startswith(b"!"):
+                waiting = arrived.get(channel)
+                if waiting is None:
+                    arrived[channel] = [payload]
                 else:
-                    self._deliver(name, payload)
-            elif kind == b"subscribe" and name != probe:
-                channel = self._keyspace.channel_of(name)
-                if channel in self._channels:
-                    self._listener.on_subscribed(channel)
-            count += 1
-            if count % _MESSAGES_PER_TURN == 0:
-                await asyncio.sleep(0)
+                    waiting.append(payload)
+                continue
+            if channel is None:
+                if name == self._probe_channel and kind == b"message":
+                    self._heard_at = asyncio.get_running_loop().time()
+                continue
+            # What is not a publication keeps its place among them.
+            if arrived:
+                listener.on_publications(arrived)
+                arrived = {}
+            if kind == b"message":
+                self._notice(channel, payload)
+            elif kind == b"subscribe":
+                listener.on_subscribed(channel)
+        if arrived:
+            listener.on_publications(arrived)
 
-    def _deliver(self, name: bytes, payload: bytes) -> None:
-        channel = self._keyspace.channel_of(name)
+    def _notice(self, channel: Channel, payload: bytes) -> None:
         try:
-            if payload.startswith(b"!"):
-                notice = decode_notice(payload)
-                if channel is not None:
-                    self._listener.on_notice(channel, notice)
-                return
-            publication = decode(payload)
+            notice = decode_notice(payload)
         except ValueError as error:
-            log.error("ignored %d foreign bytes on Redis channel %r: %s", len(payload), name, error)
+            log.error("ignored %d foreign bytes on the Redis channel of %s: %s", len(payload), channel, error)
             return
-        if channel is not None:
-            self._listener.on_publication(channel, publication)
+        self._listener.on_notice(channel, notice)
 
-    async def _probe(self) -> None:
+    async def _probe(self) -> NoReturn:
         loop = asyncio.get_running_loop()
         while True:
             next_at = loop.time() + self._settings.probe_interval
@@ -204,5 +285,5 @@ class RedisSubscriber:
                 log.debug("probe not sent: %s", error)
             await asyncio.sleep(next_at - loop.time())
             silence = loop.time() - self._heard_at
-            if silence > self._settings.probe_timeout:
+            if silence > self._settings.probe_timeout and not self._is_paused:
                 raise BrokerUnavailable(f"nothing was delivered for {silence:.1f} s")
