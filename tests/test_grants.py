@@ -302,3 +302,18 @@ def test_a_resume_token_of_another_secret_is_refused() -> None:
         verify_resume(SECRET, sign_resume(OTHER, RESUME, expires=60), now=NOW)
     with pytest.raises(GrantError):
         verify_resume(SECRET, signed({"cid": "c1", "iat": NOW}, algorithm="none"), now=NOW)
+
+
+def test_a_token_made_for_another_use_restores_nothing() -> None:
+    resume = Resume(connection=ConnectionId("c1"), grant=None, user_position=None, issued_at=1_000.0)
+    for use, other in (("resume", "ticket"), ("ticket", "resume"), ("news", "ticket")):
+        token = sign_resume(SECRET, resume, expires=60, use=use)
+        assert verify_resume(SECRET, token, now=1_001.0, use=use) == resume
+        with pytest.raises(GrantError):
+            verify_resume(SECRET, token, now=1_001.0, use=other)
+
+
+def test_channels_travel_in_a_resume_token() -> None:
+    channels = {"room:42": "e.1.t", "news": None}
+    resume = Resume(connection=ConnectionId("c1"), grant=None, user_position=None, issued_at=1_000.0, channels=channels)
+    assert verify_resume(SECRET, sign_resume(SECRET, resume, expires=60), now=1_001.0).channels == channels

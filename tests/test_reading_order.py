@@ -50,6 +50,7 @@ ORDER = [
     "realtime/http.py",
     "realtime/websocket.py",
     "realtime/sse.py",
+    "realtime/send.py",
     "realtime/script.py",
     "realtime/app.py",
     "realtime/__init__.py",

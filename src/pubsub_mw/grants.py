@@ -13,7 +13,7 @@ Source: RFC 7519 (JWT), RFC 8725 (its best current practices).
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jwt
@@ -39,12 +39,14 @@ class Resume:
         grant: what the connection was allowed when the token was made, or None; its own expiry holds
         user_position: where the user's channel stood then, or None
         issued_at: seconds since 1970
+        channels: channel -> position as text or None: what a stream or a poll listens to that names none
     """
 
     connection: ConnectionId
     grant: Grant | None
     user_position: Position | None
     issued_at: float
+    channels: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def sign_grant(
@@ -114,12 +116,35 @@ class GrantVerifier:
             )
         return grant
 
+    def admit(self, token: str | None, resume: Resume | None, *, now: float) -> tuple[Grant | None, Resume | None]:
+        """Return as who somebody connects that shows a grant, or what it was before, or both, or nothing.
 
-def sign_resume(secret: str, resume: Resume, *, expires: float) -> str:
-    """Sign a resume token that is good for `expires` seconds from its `issued_at`."""
+        Somebody else now is a new connection: the id, and what was sent to it, stay with whom they belong to.
+
+        Raises:
+            GrantExpired, GrantError: the grant that counts is not good.
+        """
+        grant = resume.grant if resume is not None else None
+        if token is not None:
+            grant = self.verify(token, now=now)
+        elif grant is not None and grant.expires_at <= now:
+            raise GrantExpired("the grant of the resumed connection expired; show a new one in connect")
+        if resume is not None and resume.grant is not None and resume.grant.user not in (None, grant and grant.user):
+            resume = None
+        return grant, resume
+
+
+def sign_resume(secret: str, resume: Resume, *, expires: float, use: str = "resume") -> str:
+    """Sign a resume token that is good for `expires` seconds from its `issued_at`.
+
+    Args:
+        use: one made for another use is not a resume token: whoever reads it on its way cannot show it
+    """
     claims: dict[str, Any] = {"cid": resume.connection, "iat": resume.issued_at, "exp": resume.issued_at + expires}
     if resume.user_position is not None:
         claims["at"] = str(resume.user_position)
+    if resume.channels:
+        claims["channels"] = dict(resume.channels)
     if resume.grant is not None:
         grant = resume.grant
         claims["grant"] = {
@@ -130,10 +155,10 @@ def sign_resume(secret: str, resume: Resume, *, expires: float) -> str:
             "iat": grant.issued_at,
             "exp": grant.expires_at,
         }
-    return jwt.encode(claims, _resume_key(secret), algorithm="HS256")
+    return jwt.encode(claims, _resume_key(secret, use), algorithm="HS256")
 
 
-def verify_resume(secret: str, token: str, *, now: float) -> Resume:
+def verify_resume(secret: str, token: str, *, now: float, use: str = "resume") -> Resume:
     """Return what `token` restores. The grant inside may have expired: the caller looks.
 
     Raises:
@@ -141,7 +166,7 @@ def verify_resume(secret: str, token: str, *, now: float) -> Resume:
         GrantError: it is not one of ours.
     """
     try:
-        claims = jwt.decode(token, _resume_key(secret), algorithms=["HS256"], options=_UNTIMED)  # type: ignore[arg-type]
+        claims = jwt.decode(token, _resume_key(secret, use), algorithms=["HS256"], options=_UNTIMED)  # type: ignore[arg-type]
     except (jwt.InvalidTokenError, UnicodeEncodeError) as error:
         raise GrantError(f"the resume token is not valid: {error}") from error
     if claims["exp"] <= now:
@@ -151,6 +176,7 @@ def verify_resume(secret: str, token: str, *, now: float) -> Resume:
         grant=_grant_from(claims["grant"]) if "grant" in claims else None,
         user_position=Position.parse(claims["at"]) if "at" in claims else None,
         issued_at=claims["iat"],
+        channels=claims.get("channels", {}),
     )
 
 
@@ -159,8 +185,8 @@ def queue_key(secret: str) -> bytes:
     return hmac.new(secret.encode(), b"pubsub-mw request", hashlib.sha256).digest()
 
 
-def _resume_key(secret: str) -> str:
-    return hmac.new(secret.encode(), b"pubsub-mw resume token", hashlib.sha256).hexdigest()
+def _resume_key(secret: str, use: str) -> str:
+    return hmac.new(secret.encode(), f"pubsub-mw {use} token".encode(), hashlib.sha256).hexdigest()
 
 
 def _grant_from(claims: Mapping[str, Any]) -> Grant:

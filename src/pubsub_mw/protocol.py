@@ -25,7 +25,10 @@ A client sends:
 
 The server sends:
 
-`connected`     `connection` (text), `resume` (text), `user` (text or null), `ping` (seconds between pings)
+`connected`     `connection` (text), `resume` (text), `user` (text or null), `ping` (seconds between pings). By `/send`
+                also `ticket` (text): instead of `resume`, once, for a stream that cannot send a header
+`accepted`      by `/send` only: the command was carried out, or stored; its `id` and `channel` where it named them.
+                After `grant` also a fresh `resume`
 `subscribed`    `channel`, `position`, `recovered`: true = what was missed follows as messages, and `position` is
                 where they start; false = what was missed could not be told, go on from `position`; null = no
                 position was given. On a presence channel also `members`: a list of `{"user", "info"}`, each user
@@ -73,6 +76,7 @@ __all__ = [
     "RequestFrame",
     "Subscribe",
     "Unsubscribe",
+    "accepted",
     "connected",
     "decode_command",
     "disconnect",
@@ -83,6 +87,7 @@ __all__ = [
     "leave",
     "message_head",
     "message_tail",
+    "read_command",
     "response_chunk_head",
     "response_end_head",
     "response_head",
@@ -156,9 +161,13 @@ def decode_command(text: str | bytes) -> Command:
         FrameError: with the code and the sentence to answer with.
     """
     try:
-        frame = orjson.loads(text)
+        return read_command(orjson.loads(text))
     except orjson.JSONDecodeError as problem:
         raise FrameError(ErrorCode.BAD_FRAME, f"a frame is one JSON object; this is not JSON: {problem}") from None
+
+
+def read_command(frame: object) -> Command:
+    """Read a frame whose JSON was read already; as `decode_command`."""
     if not isinstance(frame, dict):
         raise FrameError(ErrorCode.BAD_FRAME, f"a frame is one JSON object, not {_kind(frame)}")
     kind = frame.get("type")
@@ -299,8 +308,14 @@ def _kind(value: object) -> str:
 PING = b'{"type":"ping"}'
 
 
-def connected(connection: str, resume: str, user: str | None, ping: float) -> bytes:
-    return orjson.dumps({"type": "connected", "connection": connection, "resume": resume, "user": user, "ping": ping})
+def accepted(*, id: str | None = None, channel: str | None = None, resume: str | None = None) -> bytes:  # noqa: A002
+    fields = {"type": "accepted", "id": id, "channel": channel, "resume": resume}
+    return orjson.dumps({name: value for name, value in fields.items() if value is not None})
+
+
+def connected(connection: str, resume: str, user: str | None, ping: float, ticket: str | None = None) -> bytes:
+    frame = {"type": "connected", "connection": connection, "resume": resume, "user": user, "ping": ping}
+    return orjson.dumps(frame if ticket is None else {**frame, "ticket": ticket})
 
 
 def subscribed(

@@ -82,7 +82,12 @@ class Settings:
             keeps what is new until they are out
         max_channels: per connection
         max_connections_per_address: per server process; 0 = off
-        connect_timeout: for the first frame, `connect`, to come
+        max_send_bytes: of one POST to `send`
+        max_send_frames: in one POST to `send`
+        max_resume_channels_bytes: of the channels and positions, as JSON, that `connect` by `send` puts into
+            the resume token, which travels in a header
+        ticket_ttl: for which a ticket can be shown instead of a resume token
+        connect_timeout: for the first frame, `connect`, or the body of a POST, to come
         ping_interval: between the server's pings
         ping_timeout: for anything to come from the client after a ping, else NO_PONG
         grant_grace: between the announcement that a grant expired and the close
@@ -136,6 +141,10 @@ class Settings:
     fan_out_bytes: int = _number(4 << 20, 1_024, 1 << 34)
     max_channels: int = _number(128, 1, 100_000)
     max_connections_per_address: int = _number(0, 0, 1_000_000)
+    max_send_bytes: int = _number(65_536, 256, 1 << 30)
+    max_send_frames: int = _number(32, 1, 10_000)
+    max_resume_channels_bytes: int = _number(4_096, 2, 1 << 20)
+    ticket_ttl: float = _number(30.0, 1, 3_600)
     connect_timeout: float = _number(10.0, 0.001, 3_600)
     ping_interval: float = _number(25.0, 0.01, 86_400)
     ping_timeout: float = _number(8.0, 0.01, 86_400)

@@ -7,6 +7,7 @@ Never:  imports `pubsub_mw`, so that a mistake in it cannot cancel itself out he
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from ssl import SSLContext
@@ -149,7 +150,8 @@ class RawClient:
                 await self._may_read.wait()
                 frame: Frame = json.loads(await self.websocket.recv())
                 if frame.get("type") == "ping" and self.answer_pings:
-                    await self.send({"type": "pong"})
+                    with contextlib.suppress(ConnectionClosed):  # what came before the close is still to be read
+                        await self.send({"type": "pong"})
                 async with self._changed:
                     self.received.append(frame)
                     if frame.get("type") != "ping":

@@ -211,6 +211,12 @@ class AsyncBroker(Protocol):
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request for a worker, in one step with the checks that it is new and that there is room."""
 
+    async def put_ticket(self, ticket: str, token: str, seconds: float) -> None:
+        """Keep `token` for whoever shows `ticket`, once, within `seconds`."""
+
+    async def take_ticket(self, ticket: str) -> str | None:
+        """Return what is kept for `ticket`, and keep it no longer; None = it was taken, or it is too late."""
+
     async def report_begin(
         self, server: str, connection: ConnectionId, begin: bytes, end: bytes, *, takes_over: bool
     ) -> None:

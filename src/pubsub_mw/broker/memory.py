@@ -89,6 +89,7 @@ class MemoryBroker:
         self._reports: dict[ConnectionId, bytes] = {}
         self._revoked: dict[str, dict[str, float]] = {}
         self._rosters: dict[str, Roster] = {}
+        self._tickets: dict[str, tuple[str, float]] = {}  # all good for as long, so the oldest come first
         self._secret = secrets.token_hex(32)
         self._published = 0
         self._has_endpoint = False
@@ -205,6 +206,22 @@ class MemoryBroker:
     def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         with self._lock:
             return [dict(self._revoked.get(identity, {})) for identity in identities]
+
+    def put_ticket(self, ticket: str, token: str, seconds: float) -> None:
+        """Keep a token; see `AsyncBroker.put_ticket`."""
+        now = time.monotonic()
+        with self._lock:
+            for other, (_, expires) in list(self._tickets.items()):
+                if expires > now:
+                    break
+                del self._tickets[other]
+            self._tickets[ticket] = (token, now + seconds)
+
+    def take_ticket(self, ticket: str) -> str | None:
+        """Take a token; see `AsyncBroker.take_ticket`."""
+        with self._lock:
+            token, expires = self._tickets.pop(ticket, (None, 0.0))
+        return token if expires > time.monotonic() else None
 
     def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request; see `AsyncBroker.accept`."""
@@ -503,6 +520,12 @@ class AsyncMemoryBroker:
 
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         return self._broker.accept(connection, request_id, payload, reply_to)
+
+    async def put_ticket(self, ticket: str, token: str, seconds: float) -> None:
+        self._broker.put_ticket(ticket, token, seconds)
+
+    async def take_ticket(self, ticket: str) -> str | None:
+        return self._broker.take_ticket(ticket)
 
     async def report_begin(
         self,

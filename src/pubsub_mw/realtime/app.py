@@ -33,10 +33,11 @@ from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Handshake
 from pubsub_mw.publisher import AsyncPublisher, warn_of_secret
 from pubsub_mw.realtime.connection import Shared
-from pubsub_mw.realtime.http import Endpoint, Refusal
+from pubsub_mw.realtime.http import Endpoint, Refusal, json_response
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.origin import refuse_origin
 from pubsub_mw.realtime.script import slim
+from pubsub_mw.realtime.send import answer_frames
 from pubsub_mw.realtime.sse import refuse_events, serve_events
 from pubsub_mw.realtime.websocket import deny, serve_websocket
 from pubsub_mw.settings import Settings
@@ -74,6 +75,7 @@ class Realtime(Starlette):
             routes=[
                 Route("/", _hint),
                 Route("/health", self._health),
+                Route("/send", Endpoint(self.settings, "POST", self._send)),
                 Route("/events", Endpoint(self.settings, "GET", self._events, refuse_events)),
                 Route(
                     "/client.js", _Static(slim(static.joinpath("client.js").read_text()).encode(), "text/javascript")
@@ -181,6 +183,10 @@ class Realtime(Starlette):
     async def _events(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
         async with self._admitted(handshake, may_lack_origin=True) as shared:
             await serve_events(scope, receive, send, shared, handshake)
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
+        shared = await self._checked(handshake)
+        await json_response(await answer_frames(receive, shared, handshake))(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def _admitted(self, handshake: Handshake, *, may_lack_origin: bool = False) -> AsyncIterator[Shared]:

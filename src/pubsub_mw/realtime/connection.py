@@ -56,7 +56,7 @@ from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 
-__all__ = ["Connection", "Recall", "Shared"]
+__all__ = ["Connection", "Recall", "Shared", "grant_refused"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -74,16 +74,60 @@ class Shared:
         self, settings: Settings, hub: Hub, broker: AsyncBroker, publisher: AsyncPublisher, secret: str
     ) -> None:
         self.settings = settings
+        self.broker = broker
         self.hub = hub
         self.publisher = publisher
         self.secret = secret
         self.verifier = GrantVerifier(secret, settings.grant_public_key)
         self.is_public = compile_patterns(settings.public)
         self.gate = RequestGate(settings, broker, publisher, secret)
-        self.control = Control(broker, hub, settings)
+        self.control = Control(broker, hub, settings, secret)
         self.authorizer = Authorizer(broker, hub, settings, secret)
         self.lifecycle = Lifecycle(broker, settings, secret)
         self.presence = Presence(broker, hub, settings)
+
+    def allows(self, grant: Grant | None, channel: Channel) -> bool:
+        """Whether `channel` may be listened to by everybody, or by `grant`."""
+        if not is_protected(channel) and self.is_public(channel):
+            return True
+        return grant is not None and grant.expires_at > time.time() and compile_patterns(grant.channels)(channel)
+
+    def verify(self, token: str) -> Grant:
+        """Return what a grant allows that came in a frame.
+
+        Raises:
+            FrameError: it is not good.
+        """
+        try:
+            return self.verifier.verify(token, now=time.time())
+        except GrantError as error:
+            raise grant_refused(error) from error
+
+    async def publish(self, grant: Grant | None, command: protocol.Publish) -> None:
+        """Publish what a client sent straight to a channel.
+
+        Raises:
+            FrameError: `grant` does not allow it, it is wrong, or the broker does not answer.
+        """
+
+        def refused(code: ErrorCode, message: str) -> FrameError:
+            return FrameError(code, message, id=command.id, channel=command.channel[:200])
+
+        try:
+            channel = check_subscribable(command.channel)
+        except ChannelError as error:
+            raise refused(ErrorCode.BAD_CHANNEL, str(error)) from error
+        if grant is None or grant.expires_at <= time.time() or not compile_patterns(grant.publish)(channel):
+            raise refused(ErrorCode.FORBIDDEN, _FORBIDDEN)
+        try:
+            await self.publisher.publish(channel, command.data, event=command.event)
+        except PublicationTooLarge as error:
+            raise refused(ErrorCode.TOO_LARGE, str(error)) from error
+        except ValueError as error:
+            raise refused(ErrorCode.BAD_FRAME, str(error)) from error
+        except PublishError as error:
+            log.warning("a client's publication was not stored: %s", error)
+            raise refused(ErrorCode.UNAVAILABLE, "it may not have been stored; try again in a few seconds") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,14 +203,14 @@ class Connection:
                 raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
             elif isinstance(command, protocol.Subscribe):
                 if command.grant is not None:
-                    await self._take_grant(command.grant, adds=True)
+                    await self.take_grant(self._shared.verify(command.grant), adds=True)
                 self._subscribe(command.channel, command.position)
             elif isinstance(command, protocol.Unsubscribe):
                 self._unsubscribe(command.channel)
             elif isinstance(command, protocol.RefreshGrant):
-                await self._take_grant(command.grant)
+                await self.take_grant(self._shared.verify(command.grant))
             elif isinstance(command, protocol.Publish):
-                await self._publish(command)
+                await self._shared.publish(self._grant, command)
             elif isinstance(command, protocol.RequestFrame) and self._requests is not None:
                 self._requests.put(command, self.user)
             elif isinstance(command, protocol.Cancel) and self._requests is not None:
@@ -224,19 +268,12 @@ class Connection:
         if self.id is not None:
             raise FrameError(ErrorCode.ALREADY_CONNECTED, "this connection is connected already")
         self._recall = recall or self._recall
-        now = time.time()
         try:
-            grant = resume.grant if resume is not None else None
-            if command.grant is not None:
-                grant = self._shared.verifier.verify(command.grant, now=now)
-            elif grant is not None and grant.expires_at <= now:
-                raise GrantExpired("the grant of the resumed connection expired; show a new one in connect")
+            grant, resume = self._shared.verifier.admit(command.grant, resume, now=time.time())
         except GrantError as error:
             code = CloseCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else CloseCode.GRANT_INVALID
             self.send_queue.close(code, str(error))
             return
-        if resume is not None and resume.grant is not None and resume.grant.user not in (None, grant and grant.user):
-            resume = None  # somebody else now: the id and what was sent to it stay with whom they belong to
         self._grant, self._token = grant, resume
         if not await self._is_admitted():
             return
@@ -370,7 +407,13 @@ class Connection:
         user_position = self._own[-1].position if len(self._own) > 1 else None
         token = sign_resume(
             self._shared.secret,
-            Resume(connection=connection, grant=self._grant, user_position=user_position, issued_at=time.time()),
+            Resume(
+                connection=connection,
+                grant=self._grant,
+                user_position=user_position,
+                issued_at=time.time(),
+                channels=resume.channels if resume is not None else {},
+            ),
             expires=settings.resume_ttl,
         )
         self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
@@ -382,18 +425,15 @@ class Connection:
         self._schedule()
         return True
 
-    async def _take_grant(self, token: str, *, adds: bool = False) -> None:
+    async def take_grant(self, grant: Grant, *, adds: bool = False) -> None:
         """Take a fresh grant instead of the present one, or, if it `adds`, beside it: what either allows is allowed,
         until the first of the two expires. Whoever was nobody becomes its user.
 
         A present one of which something was revoked meanwhile is not added to: it must not get that back.
+
+        Raises:
+            FrameError: it is somebody else's, or was revoked, or that cannot be known now.
         """
-        try:
-            grant = self._shared.verifier.verify(token, now=time.time())
-        except GrantExpired as error:
-            raise FrameError(ErrorCode.GRANT_EXPIRED, str(error)) from error
-        except GrantError as error:
-            raise FrameError(ErrorCode.GRANT_INVALID, str(error)) from error
         present = self._grant
         if self.user is not None and grant.user != self.user:
             raise FrameError(ErrorCode.GRANT_INVALID, "the grant is somebody else's; open a new connection with it")
@@ -550,12 +590,10 @@ class Connection:
             self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
 
     def _may_listen(self, channel: Channel) -> bool:
-        if not is_protected(channel) and self._shared.is_public(channel):
-            return True
         grant = self._grant
-        if grant is None or grant.expires_at <= time.time() or grant.issued_at <= self._revoked.get(channel, -math.inf):
-            return False
-        return compile_patterns(grant.channels)(channel)
+        if grant is not None and grant.issued_at <= self._revoked.get(channel, -math.inf):
+            grant = None
+        return self._shared.allows(grant, channel)
 
     def _forget_refused(self) -> None:
         for channel in [name for name, subscription in self._subscriptions.items() if not subscription.is_open]:
@@ -575,27 +613,6 @@ class Connection:
         self._shared.presence.leave(subscription)
         self._shared.hub.unsubscribe(subscription)
         self.send_queue.put_nowait(protocol.unsubscribed(name, "client", "as asked"))
-
-    async def _publish(self, command: protocol.Publish) -> None:
-        def refused(code: ErrorCode, message: str) -> FrameError:
-            return FrameError(code, message, id=command.id, channel=command.channel[:200])
-
-        try:
-            channel = check_subscribable(command.channel)
-        except ChannelError as error:
-            raise refused(ErrorCode.BAD_CHANNEL, str(error)) from error
-        grant = self._grant
-        if grant is None or grant.expires_at <= time.time() or not compile_patterns(grant.publish)(channel):
-            raise refused(ErrorCode.FORBIDDEN, _FORBIDDEN)
-        try:
-            await self._shared.publisher.publish(channel, command.data, event=command.event)
-        except PublicationTooLarge as error:
-            raise refused(ErrorCode.TOO_LARGE, str(error)) from error
-        except ValueError as error:
-            raise refused(ErrorCode.BAD_FRAME, str(error)) from error
-        except PublishError as error:
-            log.warning("a client's publication was not stored: %s", error)
-            raise refused(ErrorCode.UNAVAILABLE, "it may not have been stored; try again in a few seconds") from error
 
     # Deadlines. One timer, set to whichever comes next.
 
@@ -642,6 +659,12 @@ class Connection:
                 self._unanswered_at = self._unanswered_at or now
             self.send_queue.put_nowait(protocol.PING)
         self._schedule()
+
+
+def grant_refused(error: GrantError) -> FrameError:
+    """Say as an error frame that a grant is not good."""
+    code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
+    return FrameError(code, str(error))
 
 
 def _position(channel: str, text: str) -> Position:

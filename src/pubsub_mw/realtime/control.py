@@ -1,7 +1,7 @@
 """Carry out what the application says about connections: end them, end their subscriptions.
 
 In:     news on the control channel, from `Publisher.disconnect` and `.unsubscribe`, and from other servers where a
-        connection was resumed; connections that come and go
+        connection was resumed, or a fresh grant came for one; connections that come and go
 Out:    the same, on the connections of this process
 Owns:   which connections there are, by identity; one subscription on the control channel
 Never:  relies on having heard every word: what a connection may do is looked up when it begins, and again for all of
@@ -19,14 +19,16 @@ import itertools
 import json
 import logging
 import secrets
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.drafts import build_answer_draft
-from pubsub_mw.errors import BrokerUnavailable, CloseCode
-from pubsub_mw.model import CONTROL_CHANNEL, ConnectionId, Draft
+from pubsub_mw.errors import BrokerUnavailable, CloseCode, FrameError, GrantError
+from pubsub_mw.grants import Resume, sign_resume, verify_resume
+from pubsub_mw.model import CONTROL_CHANNEL, ConnectionId, Draft, Grant
 from pubsub_mw.protocol import head_of
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
@@ -39,6 +41,8 @@ log = logging.getLogger("pubsub_mw")
 
 _BATCH = 500
 """Connections looked up, or claimed, in one round trip."""
+_NEWS_SECONDS = 60.0
+"""How long news that carry a grant are good for; they arrive within one."""
 _RETRY_SECONDS = 0.5
 """Until the broker is asked again when it did not answer."""
 
@@ -53,14 +57,22 @@ class Controlled(Protocol):
     def revoke(self, identity: str, subject: str, at: float) -> None:
         """Give up `subject`, a channel or `*`, if what `identity` was given for it is no younger than `at`."""
 
+    async def take_grant(self, grant: Grant) -> None:
+        """Take a fresh grant, which came by another way than the connection itself.
+
+        Raises:
+            FrameError: it is not for this connection.
+        """
+
 
 class Control:
     """The control of one process's connections. `run` is awaited by its one owner."""
 
-    def __init__(self, broker: AsyncBroker, hub: Hub, settings: Settings) -> None:
+    def __init__(self, broker: AsyncBroker, hub: Hub, settings: Settings, secret: str) -> None:
         self._broker = broker
         self._hub = hub
         self._settings = settings
+        self._secret = secret
         self._connections: dict[Controlled, None] = {}
         self._server = secrets.token_urlsafe(12)
         self._claims: dict[ConnectionId, int] = {}  # said to be resumed here, and not heard yet
@@ -116,11 +128,36 @@ class Control:
             for connection in list(self._connections):
                 if news["identity"] in connection.identities:
                     connection.revoke(news["identity"], news["subject"], news["at"])
+        elif news["type"] == "granted":
+            await self._take_grant(news["token"])
         elif news["type"] == "resumed":
             self._hear(ConnectionId(news["connection"]), news["server"], news["number"])
         elif news["type"] in ("gap", "subscribed"):
             self._claims.clear()
             await self._look_up_all()
+
+    async def send_grant(self, resume: Resume) -> None:
+        """Have the connection of `resume`, on whichever server it is, take the grant of `resume`.
+
+        Raises:
+            BrokerUnavailable: it may not have been told.
+        """
+        token = sign_resume(self._secret, resume, expires=_NEWS_SECONDS, use="news")
+        news = head_of({"type": "granted", "token": token})
+        await self._broker.publish([build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")])
+
+    async def _take_grant(self, token: str) -> None:
+        try:
+            resume = verify_resume(self._secret, token, now=time.time(), use="news")
+        except GrantError as error:
+            log.warning("a grant was not taken: %s", error)
+            return
+        for connection in list(self._connections):
+            if resume.grant is not None and f"connection:{resume.connection}" in connection.identities:
+                try:
+                    await connection.take_grant(resume.grant)
+                except FrameError as error:
+                    log.warning("a grant was not taken by its connection: %s", error)
 
     async def _look_up_all(self) -> None:
         connections = list(self._connections)

@@ -8,6 +8,7 @@ Never:  takes a grant or a resume token from a URL; allows a page with `*` to us
 Source: Fetch Standard, "CORS protocol"; RFC 6750 2.1 (Bearer).
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ __all__ = [
     "closed_refusal",
     "frame_refusal",
     "json_response",
+    "read_json",
+    "read_query",
     "read_resume",
     "read_wanted",
 ]
@@ -111,34 +114,45 @@ class Wanted:
     Attributes:
         channels: in the order asked for -> the position to go on from, or None
         cursor: where the client says it is
-        query: the other fields
     """
 
     channels: dict[str, str | None]
     cursor: Cursor
-    query: Mapping[str, list[str]]
 
 
-def read_wanted(scope: Mapping[str, Any], handshake: Handshake, max_channels: int) -> Wanted:
-    """Read `channel=`, `position=`, `cursor=` and `Last-Event-ID`.
+def read_query(scope: Mapping[str, Any], max_channels: int) -> dict[str, list[str]]:
+    """Return the fields of the query string.
+
+    Raises:
+        Refusal: there are too many, or it is none.
+    """
+    try:
+        return parse_qs(
+            scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=2 * max_channels + 32
+        )
+    except ValueError as error:
+        raise Refusal(400, ErrorCode.BAD_FRAME, f"the query string: {error}") from None
+
+
+def read_wanted(query: Mapping[str, list[str]], handshake: Handshake, resume: Resume | None) -> Wanted:
+    """Read `channel=`, `position=`, `cursor=` and `Last-Event-ID`; channels that are not named are those of `resume`.
 
     Where several tell where a channel was left, the header counts before the cursor and the cursor before the position:
     an EventSource comes back with the header, and with the url that it began with.
 
     Raises:
-        Refusal: there are too many, or one is wrong.
+        Refusal: one is wrong, or there are none and no connection either.
     """
-    try:
-        query = parse_qs(
-            scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=2 * max_channels + 32
-        )
-    except ValueError as error:
-        raise Refusal(400, ErrorCode.BAD_FRAME, f"the query string: {error}") from None
     names, positions = query.get("channel", []), query.get("position", [])
     if positions and len(positions) != len(names):
         message = "give position= as often as channel=, in the same order; empty = none"
         raise Refusal(400, ErrorCode.BAD_POSITION, message)
-    first = names[0] if names else ""
+    given = dict(zip(names, positions or [""] * len(names), strict=True))
+    if not given:
+        if resume is None:
+            raise Refusal(400, ErrorCode.BAD_CHANNEL, "name what to listen to: ?channel=news&channel=room:42")
+        given = {name: position or "" for name, position in resume.channels.items()}
+    first = next(iter(given), "")
     cursor = Cursor(first)
     for text in (*query.get("cursor", [])[-1:], handshake.first("last-event-id")):
         if text:
@@ -147,9 +161,8 @@ def read_wanted(scope: Mapping[str, Any], handshake: Handshake, max_channels: in
             except ValueError:
                 message = f"cursor {text!r:.80} is none; give back one that a server sent, unchanged"
                 raise Refusal(400, ErrorCode.BAD_POSITION, message) from None
-    given = dict(zip(names, positions or [""] * len(names), strict=True))
     channels = {name: cursor.at(name) or position or None for name, position in given.items()}
-    return Wanted(channels, cursor, query)
+    return Wanted(channels, cursor)
 
 
 def bearer(handshake: Handshake) -> str | None:
@@ -167,7 +180,7 @@ def bearer(handshake: Handshake) -> str | None:
     return token.strip()
 
 
-def read_resume(shared: Shared, token: str | None) -> Resume | None:
+def read_resume(shared: Shared, token: str | None, use: str = "resume") -> Resume | None:
     """Return what a resume token restores; None = none is shown.
 
     Raises:
@@ -176,10 +189,36 @@ def read_resume(shared: Shared, token: str | None) -> Resume | None:
     if token is None:
         return None
     try:
-        return verify_resume(shared.secret, token, now=time.time())
+        return verify_resume(shared.secret, token, now=time.time(), use=use)
     except GrantError as error:
         code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
         raise Refusal(401, code, f"{error}; connect anew") from error
+
+
+async def read_json(receive: Receive, handshake: Handshake, limit_bytes: int, seconds: float) -> Any:
+    """Return what a POST says. What a form could send is not JSON.
+
+    Raises:
+        Refusal: of another kind, too large, too slow, or not JSON.
+    """
+    kind = (handshake.first("content-type") or "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, ErrorCode.UNSUPPORTED, "send application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            more_body = True
+            while more_body:
+                message = await receive()
+                body += message.get("body", b"")
+                more_body = message.get("more_body", False)
+                if len(body) > limit_bytes:
+                    raise Refusal(413, ErrorCode.TOO_LARGE, f"a body may have {limit_bytes} bytes")
+        return orjson.loads(body)
+    except TimeoutError:
+        raise Refusal(408, ErrorCode.BAD_FRAME, f"the body did not come within {seconds:g} s") from None
+    except orjson.JSONDecodeError as error:
+        raise Refusal(400, ErrorCode.BAD_FRAME, f"the body is not JSON: {error}") from None
 
 
 class Endpoint:

@@ -14,6 +14,7 @@ stream. Source: HTML Standard 9.2, "Server-sent events".
 import asyncio
 import json
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pubsub_mw import protocol
-from pubsub_mw.errors import CloseCode, ErrorCode, FrameError
+from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode, FrameError
 from pubsub_mw.grants import Resume
 from pubsub_mw.model import Handshake, channel_of_connection
 from pubsub_mw.realtime.connection import Connection, Shared
@@ -34,6 +35,7 @@ from pubsub_mw.realtime.http import (
     bearer,
     closed_refusal,
     frame_refusal,
+    read_query,
     read_resume,
     read_wanted,
 )
@@ -176,9 +178,10 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connection) -> None:
-    wanted = read_wanted(scope, connection.handshake, shared.settings.max_channels)
-    is_plain = wanted.query.get("frames", [""])[-1] != "1"
-    resume = read_resume(shared, bearer(connection.handshake))
+    query = read_query(scope, shared.settings.max_channels)
+    is_plain = query.get("frames", [""])[-1] != "1"
+    resume = read_resume(shared, bearer(connection.handshake)) or await _redeemed(shared, query.get("ticket", []))
+    wanted = read_wanted(query, connection.handshake, resume)
     await _connect(connection, wanted, resume, needs_all=is_plain)
     assert connection.id is not None
     form: _Form = (_Plain if is_plain else _Framed)(wanted.cursor, channel_of_connection(connection.id))
@@ -189,14 +192,30 @@ async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connecti
     await _write(send, connection, form, _PADDING + retry)
 
 
+async def _redeemed(shared: Shared, tickets: Sequence[str]) -> Resume | None:
+    """Return what a ticket stands for; None = none is shown.
+
+    Raises:
+        Refusal: it was used, or is too old; or the broker does not answer.
+    """
+    if not tickets:
+        return None
+    try:
+        token = await shared.broker.take_ticket(tickets[-1])
+    except BrokerUnavailable as error:
+        raise Refusal(503, ErrorCode.UNAVAILABLE, "the broker does not answer; come back in a moment") from error
+    if token is None:
+        ttl = shared.settings.ticket_ttl
+        raise Refusal(401, ErrorCode.GRANT_EXPIRED, f"the ticket was used, or is older than {ttl:g} s; get another one")
+    return read_resume(shared, token, use="ticket")
+
+
 async def _connect(connection: Connection, wanted: Wanted, resume: Resume | None, *, needs_all: bool) -> None:
     """Begin the connection.
 
     Raises:
         Refusal: it cannot be.
     """
-    if not wanted.channels and resume is None:
-        raise Refusal(400, ErrorCode.BAD_CHANNEL, "name what to listen to: ?channel=news&channel=room:42")
     command = protocol.Connect(grant=None, resume=None, channels=wanted.channels)
     try:
         await connection.connect(command, resume, recall=wanted.cursor.at, needs_all=needs_all)

@@ -6,6 +6,8 @@ Owns:   the rule that all keys of a channel hold `{<channel>}`, so that a cluste
 Never:  puts a name into a key that `model.check_channel` has not let through: no brace, no blank, no glob
 """
 
+import hashlib
+
 from pubsub_mw.model import Channel, ConnectionId
 
 __all__ = ["Keyspace"]
@@ -44,6 +46,10 @@ class Keyspace:
     def revoked(self, identity: str) -> str:
         """Hash: channel, or `*` -> seconds since 1970; grants and resume tokens made until then are void for it."""
         return f"{self.prefix}:revoked:{identity}"
+
+    def ticket(self, ticket: str) -> str:
+        """String: a token that is good for nothing else. Named by a hash: who reads keys has no ticket."""
+        return f"{self.prefix}:ticket:{hashlib.sha256(ticket.encode()).hexdigest()}"
 
     @property
     def requests(self) -> str:

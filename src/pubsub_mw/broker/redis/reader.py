@@ -94,6 +94,15 @@ class AsyncRedisBroker:
             for reply in replies
         ]
 
+    async def put_ticket(self, ticket: str, token: str, seconds: float) -> None:
+        """Keep a token; see `AsyncBroker.put_ticket`."""
+        await self.command("SET", self._scripts.keyspace.ticket(ticket), token, "PX", str(round(seconds * 1_000)))
+
+    async def take_ticket(self, ticket: str) -> str | None:
+        """Take a token; see `AsyncBroker.take_ticket`."""
+        token = await self.command("GETDEL", self._scripts.keyspace.ticket(ticket))
+        return token.decode() if isinstance(token, bytes) else None
+
     async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
         """Store a request; see `AsyncBroker.accept`."""
         answered = ("GET", self._scripts.keyspace.idempotency(reply_to, answer_key(request_id)))
