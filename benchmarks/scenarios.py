@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.loadgen import Server, Wrong, drive, hold
 
-__all__ = ["SCENARIOS", "Result", "Scenario", "resident_bytes"]
+__all__ = ["SCENARIOS", "Result", "Scenario", "resident_bytes", "wait_until_quiet"]
 
 _SUBSCRIBERS = 1_000
 _IDLE = 5_000
@@ -49,21 +49,31 @@ def fan_out(server: Server, seconds: float) -> Result:
 
 def backlog(server: Server, seconds: float) -> Result:
     """64 messages wait: published while the server is stopped by SIGSTOP; timed from SIGCONT to the last delivery."""
-    options = ("--connections", _SUBSCRIBERS, "--burst", 64, "--stop", "--seconds", seconds)
+    options = ("--connections", _SUBSCRIBERS, "--burst", 64, "--stop", "--seconds", seconds, "--warm-up", 1)
     said = drive(server, *_NAP, *options, "--timeout", 60)
     return said | {"value": said["per_second"]}
 
 
 def bursts(server: Server, seconds: float) -> Result:
     """The same 64 in one pipeline, to a server that runs."""
-    options = ("--connections", _SUBSCRIBERS, "--burst", 64, "--seconds", seconds)
+    options = ("--connections", _SUBSCRIBERS, "--burst", 64, "--seconds", seconds, "--warm-up", 1)
     said = drive(server, *_NAP, *options, "--timeout", 60)
     return said | {"value": said["per_second"]}
 
 
 def channels(server: Server, seconds: float) -> Result:
     """1,000 channels of one subscriber each; one message to each waits, published as in `backlog`."""
-    options = ("--connections", _SUBSCRIBERS, "--channels", _SUBSCRIBERS, "--burst", _SUBSCRIBERS, "--stop")
+    options = (
+        "--connections",
+        _SUBSCRIBERS,
+        "--channels",
+        _SUBSCRIBERS,
+        "--burst",
+        _SUBSCRIBERS,
+        "--stop",
+        "--warm-up",
+        1,
+    )
     said = drive(server, *_NAP, *options, "--seconds", seconds, "--timeout", 60)
     return said | {"value": said["per_second"]}
 

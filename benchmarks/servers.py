@@ -30,7 +30,18 @@ from pubsub_mw.broker.redis.scripts import Scripts
 from pubsub_mw.drafts import build_draft
 from pubsub_mw.settings import Settings
 
-__all__ = ["CHANNELS", "MEASURED", "OTHERS", "descendants", "ours", "process", "reference", "resp", "settings_of"]
+__all__ = [
+    "MEASURED",
+    "OTHERS",
+    "commands_of",
+    "descendants",
+    "ours",
+    "process",
+    "publisher_of",
+    "reference",
+    "resp",
+    "settings_of",
+]
 
 MEASURED, OTHERS = 0, 1  # cores: of the server, of everything else
 CHANNELS = 200_000  # that the reference server has room for
@@ -174,6 +185,11 @@ def _command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def publisher_of(server: Server) -> Publisher:
+    """Return a publisher to the Redis of a server of ours."""
+    return Publisher(f"redis://127.0.0.1:{server.redis_port}/0", secret=_SECRET)
 
 
 def commands_of(server: Server) -> dict[str, int]:

@@ -1,0 +1,151 @@
+"""Measure how cost grows: with subscribers, channels, payload, processes, and for others while a fan-out goes on.
+
+    python -m benchmarks.curves [--curves subscribers channels ...] [--servers pubsub-mw C]
+
+A process may open as many files as `ulimit -n` says, so one server and one load generator hold that many connections at
+most; longer curves are for machines with a higher limit.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, Wrong, drive
+from benchmarks.run import servers
+from benchmarks.scenarios import wait_until_quiet
+from benchmarks.servers import MEASURED, OTHERS, ours
+
+__all__ = ["CURVES", "Curve", "main"]
+
+Options = list[str | int | float]
+_NAP: Options = ["--nap", 50]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Attributes:
+    title, axis: of the plot
+    points: x -> the load generator's options and the size of a payload
+    figure, unit: which of its figures is y
+    """
+
+    title: str
+    axis: str
+    points: dict[int, tuple[Options, int]]
+    figure: str
+    unit: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--curves", nargs="+", choices=[*CURVES, "processes"], default=[*CURVES, "processes"])
+    parser.add_argument("--servers", nargs="+", choices=sorted(servers()), default=["pubsub-mw", "C"])
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
+    parser.add_argument("--nice", type=int, default=0, help="priority of all that is started; below 0 as root alone")
+    options = parser.parse_args()
+    os.nice(options.nice)
+    os.sched_setaffinity(0, {OTHERS})
+    known: dict[str, Callable[[], AbstractContextManager[Server]]] = dict(servers())
+    for name in options.curves:
+        for server in options.servers:
+            if name == "processes":
+                save(row for row in processes(options.seconds) if server == "pubsub-mw")
+            else:
+                save(measure(name, server, known[server], options.seconds))
+
+
+def measure(
+    name: str, server_name: str, start: Callable[[], AbstractContextManager[Server]], seconds: float
+) -> Iterator[dict[str, Any]]:
+    with start() as server:
+        for x, (arguments, payload) in CURVES[name].points.items():
+            yield point(name, server_name, x, server, [*arguments, "--seconds", seconds], payload)
+            wait_until_quiet(server)
+
+
+def point(name: str, label: str, x: int, server: Server, arguments: Options, payload: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"at": time.time(), "curve": name, "server": label, "x": x}
+    try:
+        row |= drive(server, "--timeout", 60, "--sources", 16, *arguments, payload=payload)
+    except Wrong as error:
+        row["wrong"] = str(error)
+    print({key: row.get(key) for key in ("curve", "server", "x", "per_second", "server_us_per_delivery", "wrong")})
+    return row
+
+
+def processes(seconds: float) -> Iterator[dict[str, Any]]:
+    """One or two processes on the measured core, and two with a core each, where the load generator takes its part."""
+    for label, count, cores in (
+        ("one core", 1, f"{MEASURED}"),
+        ("one core", 2, f"{MEASURED}"),
+        ("two cores", 2, "0,1"),
+    ):
+        with ours(workers=count, cores=cores) as server:
+            arguments: Options = ["--connections", 2_000, "--seconds", seconds, *_NAP]
+            yield point("processes", label, count, server, arguments, PAYLOAD_BYTES)
+
+
+def save(rows: Iterator[dict[str, Any]]) -> None:
+    BUILD.mkdir(exist_ok=True)
+    for row in rows:
+        with (BUILD / "curves.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+_MOST = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500
+
+
+def _subscribers() -> list[int]:
+    return [count for count in (10, 100, 1_000, 5_000, 10_000, 20_000, 50_000, 100_000) if count <= _MOST] or [_MOST]
+
+
+def _channels(count: int) -> Options:
+    """1,000 connections that listen to so many channels between them; 1,000 deliveries wait, whatever the number."""
+    each, burst = max(1, count // 1_000), min(count, 1_000)
+    return ["--connections", 1_000, "--channels", count, "--per-connection", each, "--burst", burst, "--stop", *_NAP]
+
+
+CURVES = {
+    "subscribers": Curve(
+        "Fan-out of one channel, one message at a time",
+        "subscribers",
+        {count: (["--connections", count, "--warm-up", 5, *_NAP], PAYLOAD_BYTES) for count in (*_subscribers(), _MOST)},
+        "per_second",
+        "deliveries/s",
+    ),
+    "channels": Curve(
+        "1,000 deliveries that wait, to 1,000 connections",
+        "channels",
+        {count: (_channels(count), PAYLOAD_BYTES) for count in (1, 10, 100, 1_000, 10_000, 100_000)},
+        "per_second",
+        "deliveries/s",
+    ),
+    "payload": Curve(
+        "Fan-out to 1,000 subscribers, one message at a time",
+        "bytes of payload",
+        {size: (["--connections", 1_000, *_NAP], size) for size in (64, 256, 1_024, 4_096, 16_384, 65_536)},
+        "per_second",
+        "deliveries/s",
+    ),
+    "pings": Curve(
+        "Ping of 50 other connections while one fan-out follows the other",
+        "subscribers",
+        {
+            count: (["--connections", count - 60, "--pingers", 50, "--warm-up", 2], PAYLOAD_BYTES)
+            for count in (*_subscribers(), _MOST)
+            if count >= 100
+        },
+        "ping_ms",
+        "p99, ms",
+    ),
+}
+
+
+if __name__ == "__main__":
+    main()
