@@ -43,7 +43,8 @@ class Settings:
         in_flight: requests of one connection that run at once
         request_backlog: further requests of a connection that wait for that; beyond it they are refused
             as `busy`
-        request_timeout: from when a request is stored until its answer begins; then it is answered 504
+        request_timeout: from when a request is stored until its answer begins, the wait for those of its connection
+            before it included; then it is answered 504
         request_grace: beyond that, after which the realtime server itself answers 504, for want of a worker
         queue_size: requests of all connections that may wait for a worker; beyond it they are refused as
             `busy`

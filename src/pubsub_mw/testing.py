@@ -30,7 +30,7 @@ from pubsub_mw.broker.memory import MemoryBroker
 from pubsub_mw.drafts import encode_data
 from pubsub_mw.model import ConnectionId, Draft, Handshake, Position
 from pubsub_mw.protocol import RequestFrame, message_tail
-from pubsub_mw.realtime.requests import RequestCheck
+from pubsub_mw.realtime.request_check import RequestCheck
 from pubsub_mw.settings import Settings
 from pubsub_mw.worker.answers import Answer
 from pubsub_mw.worker.environ import build_environ

@@ -38,7 +38,7 @@ class World:
     async def reports(self, limit: int = 100_000) -> list[str]:
         """What came into the queue since the last look."""
         taken = await asyncio.to_thread(self._queue.take, limit, 0.01)
-        await asyncio.to_thread(self._queue.settle, [], [item.entry for item in taken])
+        await asyncio.to_thread(self._queue.settle, [], taken)
         return [item.payload.decode() for item in taken]
 
 

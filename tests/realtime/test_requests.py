@@ -1,5 +1,6 @@
 """One connection's requests: which are let through, in which order, and what is told about those that are not."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,18 +14,22 @@ from hypothesis import strategies as st
 from pubsub_mw import protocol
 from pubsub_mw.broker.codec import decode_request
 from pubsub_mw.broker.engines import open_async_broker, open_broker
-from pubsub_mw.broker.interface import AsyncBroker, Broker, RequestQueue, Taken, answer_key
+from pubsub_mw.broker.interface import Acceptance, Accepted, AsyncBroker, Broker, RequestQueue, Taken, answer_key
+from pubsub_mw.broker.memory import MemoryBroker
 from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.errors import ErrorCode, FrameError
 from pubsub_mw.grants import queue_key
 from pubsub_mw.model import Channel, ConnectionId, Handshake, Position, Request
 from pubsub_mw.protocol import RequestFrame
 from pubsub_mw.publisher import AsyncPublisher
-from pubsub_mw.realtime.requests import RequestCheck, RequestGate, Requests
+from pubsub_mw.realtime.request_check import RequestCheck
+from pubsub_mw.realtime.requests import RequestGate, Requests
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 from tests.tools.clock import MS, eventually_async
+from tests.tools.redis_server import RedisServer
+from tests.tools.tcp_proxy import TcpProxy
 
 pytestmark = pytest.mark.anyio
 
@@ -195,6 +200,7 @@ class World:
     own: Subscription
     send_queue: SendQueue
     sent: list[dict[str, Any]] = field(default_factory=list)
+    running: dict[str, Taken] = field(default_factory=dict)
 
     @property
     def queue(self) -> RequestQueue:
@@ -207,18 +213,21 @@ class World:
         """Take requests until there are so many."""
         found: list[Taken] = []
 
-        def take() -> bool:
-            found.extend(self.queue.take(10, 0))
+        async def take() -> bool:
+            found.extend(await asyncio.to_thread(self.queue.take, 100, 0))
             return len(found) >= count
 
         await eventually_async(take)
-        return [(decode_request(item.payload, self.gate.key).id, item) for item in found]
+        named = [(decode_request(item.payload, queue_key(SECRET)).id, item) for item in found]
+        self.running |= named
+        return named
 
-    def nothing_taken(self) -> bool:
-        return self.queue.take(10, 0) == []
+    async def nothing_taken(self) -> bool:
+        await self.is_idle()
+        return await asyncio.to_thread(self.queue.take, 10, 0) == []
 
     def publish(self, id: str, *kinds: str) -> list[Position]:  # noqa: A002
-        """Publish parts of an answer, which pass: `.` whole, or `>` begin, `-` chunk, `.` end."""
+        """Publish parts of an answer, which pass: `.` whole, or `>` begin, `-` chunk, `.` end, which settles it."""
         positions = []
         for number, kind in enumerate(kinds):
             head = protocol.response_chunk_head(id, f"{kind}{number}".encode())
@@ -226,7 +235,13 @@ class World:
             draft = build_answer_draft(self.settings, CHANNEL, head, key, kind + id)
             positions += self.sync.publish([draft])
             self.requests.on_reply(kind + id)
+            if kind == ".":
+                self.settle(id)
         return positions
+
+    def settle(self, id: str) -> None:  # noqa: A002
+        if id in self.running:
+            self.queue.settle([], [self.running.pop(id)])
 
     def frames(self) -> list[dict[str, Any]]:
         """What was put into the send queue so far."""
@@ -239,7 +254,7 @@ class World:
 
     async def is_idle(self) -> None:
         """Wait until nothing that was begun is under way."""
-        await eventually_async(lambda: not self.requests._tasks)
+        await eventually_async(lambda: not len(self.requests._tasks))
 
 
 Open = Callable[..., World]
@@ -249,9 +264,15 @@ Open = Callable[..., World]
 async def open_world(prefix: str) -> AsyncIterator[Open]:
     opened: list[World] = []
 
-    def open_one(*, since: Position | None = None, joined_at: Position | None = None, **overrides: Any) -> World:
+    def open_one(
+        url: str = "memory://",
+        *,
+        since: Position | None = None,
+        joined_at: Position | None = None,
+        **overrides: Any,
+    ) -> World:
         values: dict[str, Any] = {"prefix": prefix, "secret": SECRET, "requests": "/*"}
-        settings = Settings.build("memory://", environ={}, **(values | overrides))
+        settings = Settings.build(url, environ={}, **(values | overrides))
         broker = open_async_broker(settings)
         sync = open_broker(settings)
         gate = RequestGate(settings, broker, AsyncPublisher(**settings.overrides()), SECRET)
@@ -266,6 +287,10 @@ async def open_world(prefix: str) -> AsyncIterator[Open]:
     for world in opened:
         world.requests.close()
         await world.is_idle()
+        await world.gate.close()
+        await world.gate.publisher.close()
+        await world.broker.close()
+        world.sync.close()
 
 
 def names(taken: list[tuple[str, Taken]]) -> list[str]:
@@ -278,7 +303,7 @@ async def test_one_request_is_in_flight_and_the_next_follows_when_it_is_answered
         world.put(id)
     for id in ("a", "b", "c"):  # noqa: A001
         assert names(await world.taken(1)) == [id]
-        assert world.nothing_taken()
+        assert await world.nothing_taken()
         world.publish(id, ".")
 
 
@@ -289,8 +314,8 @@ async def test_a_stream_is_in_flight_until_its_end(open_world: Open) -> None:
     await world.taken(1)
     world.publish("a", ">", "-")
     await world.is_idle()
-    assert world.nothing_taken()
-    world.requests.on_reply(".a")
+    assert await world.nothing_taken()
+    world.publish("a", ".")
     assert names(await world.taken(1)) == ["b"]
 
 
@@ -301,21 +326,23 @@ async def test_so_many_may_be_in_flight_as_the_setting_says(open_world: Open, in
         world.put(str(number))
     assert len(await world.taken(in_flight)) == in_flight
     await world.is_idle()
-    assert world.nothing_taken()
+    assert await world.nothing_taken()
     world.publish("0", ".")
     assert names(await world.taken(1)) == [str(in_flight)]
 
 
 async def test_a_request_beyond_the_backlog_is_refused_as_busy(open_world: Open) -> None:
     world = open_world(request_backlog=2)
-    for number in range(3):
+    for number in range(4):
         world.put(str(number))
-    with pytest.raises(FrameError) as caught:
-        world.put("3")
-    assert (caught.value.code, caught.value.id) == (ErrorCode.BUSY, "3")
+    (refused,) = await world.told()
+    assert (refused["code"], refused["id"]) == (ErrorCode.BUSY, "3")
     await world.taken(1)
     world.publish("0", ".")
     world.put("3")
+    for id in ("1", "2", "3"):  # noqa: A001
+        assert names(await world.taken(1)) == [id]
+        world.publish(id, ".")
 
 
 async def test_a_request_that_finds_the_queue_full_is_refused_and_the_next_one_tried(open_world: Open) -> None:
@@ -351,7 +378,7 @@ async def test_a_request_sent_again_on_the_same_connection_gets_the_stored_answe
     world.put("a")
     assert [item["body"] for item in await world.told(3)] == [">0", "-1", ".2"]
     await world.is_idle()
-    assert world.nothing_taken()
+    assert await world.nothing_taken()
     world.put("b")
     assert names(await world.taken(1)) == ["b"]
 
@@ -415,8 +442,9 @@ async def test_a_stream_that_goes_on_is_left_to_recovery_and_stays_in_flight(ope
     resumed.put("b")
     await resumed.is_idle()
     assert resumed.frames() == []
-    assert resumed.nothing_taken()
-    resumed.requests.on_reply(".a")
+    assert await resumed.nothing_taken()
+    resumed.running = first.running
+    resumed.publish("a", ".")
     assert names(await resumed.taken(1)) == ["b"]
 
 
@@ -434,11 +462,14 @@ async def test_an_answer_that_is_no_longer_kept_is_said_to_be_so(open_world: Ope
 # Cancelling, and time.
 
 
-async def test_a_request_that_waits_is_cancelled_at_once(open_world: Open) -> None:
+@pytest.mark.parametrize("is_stored", [True, False])
+async def test_a_request_that_waits_is_cancelled_at_once(open_world: Open, is_stored: bool) -> None:
     world = open_world()
     world.put("a")
     world.put("b")
     world.put("c")
+    if is_stored:
+        await world.is_idle()
     world.requests.cancel("b")
     (item,) = await world.told()
     assert (item["code"], item["id"]) == ("cancelled", "b")
@@ -451,7 +482,7 @@ async def test_a_cancellation_of_what_runs_reaches_the_worker(open_world: Open) 
     world = open_world()
     world.put("a")
     ((_, taken),) = await world.taken(1)
-    request = decode_request(taken.payload, world.gate.key)
+    request = decode_request(taken.payload, queue_key(SECRET))
     world.requests.cancel("a")
     world.requests.cancel("unknown")
     await eventually_async(lambda: world.queue.cancelled([request]) == [True])
@@ -491,15 +522,108 @@ async def pages_of(world: World, reply: str) -> list[Any]:
     return [page for page in await pages(world) if page.reply == reply]
 
 
-async def test_after_the_end_of_the_connection_nothing_more_is_stored(open_world: Open) -> None:
+async def test_what_waits_behind_a_stream_for_too_long_is_answered_504_and_not_run(open_world: Open) -> None:
+    world = open_world(request_timeout=100 * MS, request_grace=50 * MS)
+    world.put("a")
+    await world.taken(1)
+    world.publish("a", ">", "-")
+    world.put("b")
+    world.put("c")
+    await eventually_async(lambda: pages_of(world, ".c"))
+    assert await pages_of(world, ".b")
+    assert not await pages_of(world, ".a")
+    await eventually_async(lambda: not len(world.gate._tasks))
+    for reply in (".b", ".c"):
+        world.requests.on_reply(reply)
+    world.publish("a", ".")
+    assert await world.nothing_taken()
+    world.put("b")
+    assert (await world.told())[0]["status"] == 504
+    assert await world.nothing_taken()
+
+
+async def test_what_was_stored_runs_though_the_connection_ended_and_its_order_holds_for_the_next(
+    open_world: Open,
+) -> None:
     world = open_world()
     world.put("a")
     world.put("b")
     await world.taken(1)
-    world.requests.close()
-    world.publish("a", ".")
     await world.is_idle()
-    assert world.nothing_taken()
+    world.requests.close()
+    resumed = open_world()
+    resumed.put("b")
+    resumed.put("c")
+    assert await resumed.nothing_taken()
+    world.publish("a", ".")
+    assert names(await world.taken(1)) == ["b"]
+    assert await resumed.nothing_taken()
+    world.publish("b", ".")
+    assert names(await resumed.taken(1)) == ["c"]
+
+
+async def test_a_request_whose_broker_lost_it_is_stored_when_it_is_sent_again(open_world: Open) -> None:
+    world = open_world()
+    world.put("a")
+    world.put("b")
+    await world.taken(1)
+    await world.is_idle()
+    assert isinstance(world.sync, MemoryBroker)
+    world.sync.lose()
+    world.put("b")
+    assert names(await world.taken(1)) == ["b"]
+
+
+async def test_a_504_that_the_broker_does_not_take_is_published_later(
+    redis_server: RedisServer, tcp_proxy: Callable[[int], TcpProxy], open_world: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = tcp_proxy(redis_server.port)
+    world = open_world(f"redis://127.0.0.1:{proxy.port}/0", request_timeout=100 * MS, request_grace=0)
+    world.put("a")
+    await world.is_idle()
+    proxy.refuse()
+    await eventually_async(lambda: "answered 504 later" in caplog.text, 5_000 * MS)
+    proxy.accept()
+    (page,) = await eventually_async(lambda: pages(world), 5_000 * MS)
+    assert orjson.loads(page.frame)["status"] == 504
+
+
+async def test_a_request_is_taken_without_a_connection_at_this_server(open_world: Open) -> None:
+    world = open_world(request_backlog=1)
+    gate = world.gate
+    sent = [gate.accept(frame(str(number)), CONNECTION, "7", HANDSHAKE, "sse") for number in range(3)]
+    accepted = await asyncio.gather(*sent, return_exceptions=True)
+    assert [isinstance(item, Accepted) and item.acceptance for item in accepted[:2]] == [Acceptance.STORED] * 2
+    assert isinstance(accepted[2], FrameError)
+    assert (accepted[2].code, accepted[2].id) == (ErrorCode.BUSY, "2")
+    ((_, taken),) = await world.taken(1)
+    request = decode_request(taken.payload, queue_key(SECRET))
+    assert (request.user, request.transport, request.reply_to) == ("7", "sse", CHANNEL)
+    assert await gate.cancel(CONNECTION, "1")
+    assert not await gate.cancel(CONNECTION, "0")
+    world.publish("0", ".")
+    again = await gate.accept(frame("0"), CONNECTION, "7", HANDSHAKE, "sse")
+    assert again.acceptance is Acceptance.KNOWN
+    assert again.answered_at is not None
+    (answer,) = await gate.read_answer(request, again.answered_at)
+    assert answer.reply == ".0"
+
+
+async def test_requests_that_come_together_are_stored_in_few_round_trips_and_in_order(
+    redis_server: RedisServer, tcp_proxy: Callable[[int], TcpProxy], open_world: Open
+) -> None:
+    proxy = tcp_proxy(redis_server.port)
+    proxy.latency(20 * MS)
+    world = open_world(f"redis://127.0.0.1:{proxy.port}/0", in_flight=1_000, broker_timeout=30, publish_timeout=30)
+    for number in range(600):
+        world.put(str(number))
+    async with asyncio.timeout(1_000 * MS):  # one after another they would take more than 24,000
+        await world.is_idle()
+    proxy.latency(0)
+    found: list[str] = []
+    while len(found) < 600:
+        found += names(await world.taken(1))
+    assert found == [str(number) for number in range(600)]
 
 
 def test_requests_are_signed_with_a_key_made_of_the_secret() -> None:

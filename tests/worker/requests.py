@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from pubsub_mw.broker.codec import encode_request
+from pubsub_mw.broker.interface import Offer
 from pubsub_mw.model import Channel, ConnectionId, Handshake, Request
 
-__all__ = ["Collector", "request"]
+__all__ = ["Collector", "offer", "request"]
 
 CONNECTION = ConnectionId("c1")
 
@@ -25,6 +27,17 @@ def request(**fields: Any) -> Request:
         "reply_to": Channel("#connection-c1"),
     }
     return Request(**{**defaults, **fields})
+
+
+def offer(item: Request, key: bytes, *, is_ordered: bool = True) -> Offer:
+    """What stores `item`."""
+    return Offer(
+        connection=item.connection,
+        request_id=item.id,
+        payload=encode_request(item, key),
+        reply_to=item.reply_to,
+        is_ordered=is_ordered,
+    )
 
 
 class Collector:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pubsub_mw.errors import FrameError
 from pubsub_mw.model import ConnectionId, Handshake, Request
 from pubsub_mw.protocol import RequestFrame
-from pubsub_mw.realtime.requests import RequestCheck
+from pubsub_mw.realtime.request_check import RequestCheck
 from pubsub_mw.settings import Settings
 from pubsub_mw.worker.environ import build_environ, build_scope
 from tests.worker.requests import request
@@ -211,7 +211,7 @@ def test_no_headers_whatever_reach_the_environ_but_those_of_the_list_and_none_ho
 
 
 def _allowed() -> list[str]:
-    from pubsub_mw.realtime.requests import _HEADERS
+    from pubsub_mw.realtime.request_check import _HEADERS
 
     return sorted(_HEADERS)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from typing import Any
 import orjson
 import pytest
 
-from pubsub_mw.broker.codec import encode_request
 from pubsub_mw.broker.engines import open_async_broker, open_broker
 from pubsub_mw.broker.interface import Accepted
 from pubsub_mw.broker.redis.keyspace import Keyspace
@@ -21,7 +21,7 @@ from pubsub_mw.settings import Settings
 from pubsub_mw.worker import Worker
 from tests.tools.clock import MS, eventually
 from tests.tools.redis_server import RedisServer
-from tests.worker.requests import request
+from tests.worker.requests import offer, request
 
 SECRET = "a secret of thirty-two bytes or more"
 CHANNEL = Channel("#connection-c1")
@@ -40,10 +40,9 @@ class Running:
         async def accept() -> list[Accepted]:
             broker = open_async_broker(self.settings)
             try:
-                return [
-                    await broker.accept(item.connection, item.id, encode_request(item, key), item.reply_to)
-                    for item in requests
-                ]
+                # Not in order: what is tested is the worker, which gets what may run.
+                replies = await broker.accept([offer(item, key, is_ordered=False) for item in requests])
+                return [reply for reply in replies if isinstance(reply, Accepted)]
             finally:
                 await broker.close()
 
@@ -82,7 +81,7 @@ class Running:
         broker = open_broker(self.settings)
         try:
             if self.settings.url == "memory://":
-                return not broker._requests  # type: ignore[attr-defined]
+                return not broker.requests.stored  # type: ignore[attr-defined]
             (length,) = broker.run(lambda _: [("XLEN", Keyspace(self.settings.prefix).requests)])  # type: ignore[attr-defined]
             return not length
         finally:
@@ -300,7 +299,8 @@ def test_bytes_that_are_no_request_end_nothing(run: Run) -> None:
     async def accept() -> None:
         broker = open_async_broker(running.settings)
         for number, payload in enumerate([b"", b"\x00" * 100, b"{}", b"[]" * 50]):
-            await broker.accept(request().connection, f"junk{number}", payload, CHANNEL)
+            junk = offer(request(id=f"junk{number}"), b"", is_ordered=number % 2 == 0)
+            await broker.accept([dataclasses.replace(junk, payload=payload)])
         await broker.close()
 
     asyncio.run(accept())
@@ -447,6 +447,25 @@ def test_a_stream_whose_worker_died_goes_on_where_it_broke_off(run: Run) -> None
     assert [frame["type"] for frame in frames] == ["response_start", *["response_chunk"] * 3, "response_end"]
     assert "".join(frame.get("body", "") for frame in frames) == "abc"
     assert taken.delivery_count == 1
+    dead.close()
+
+
+def test_a_request_whose_worker_died_after_its_answer_was_published_is_not_run_again(run: Run) -> None:
+    from pubsub_mw.worker.answers import Answer
+
+    app = App(hello)
+    running = run(app)
+    running.stop()
+    running.send(request())
+    dead = open_broker(running.settings)
+    assert dead.queue("dead").take(1, 1.0)
+    answer = Answer(request(), running.settings)
+    answer.head(200, [])
+    dead.queue("dead").settle(answer.whole(b"whole"), [])
+    again = run(app)
+    eventually(again.is_idle)
+    assert [(frame["type"], frame["body"]) for frame in again.frames()] == [("response", "whole")]
+    assert app.runs == []
     dead.close()
 
 

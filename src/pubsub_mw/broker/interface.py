@@ -27,10 +27,13 @@ __all__ = [
     "AsyncBroker",
     "Broker",
     "Listener",
+    "Offer",
+    "Progress",
     "RequestQueue",
     "Subscriber",
     "Taken",
     "answer_key",
+    "end_key",
 ]
 
 
@@ -39,12 +42,37 @@ def answer_key(request_id: str) -> str:
     return f"r:{request_id}"
 
 
+def end_key(request_id: str) -> str:
+    """Return the idempotency key of what ends an answer that is published in parts."""
+    return f"e:{request_id}"
+
+
 class Acceptance(Enum):
     """What became of a request that was offered to the queue."""
 
     STORED = 1  # a worker will run it
     KNOWN = 2  # it was stored before: a resend
-    FULL = 3  # `queue_size` requests wait already; nothing was stored
+    FULL = 3  # `queue_size` requests are stored already; nothing was added
+    BUSY = 4  # `request_backlog` requests of this connection wait already; nothing was added
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A request that is offered to the queue.
+
+    Attributes:
+        connection: whose it is
+        request_id: unique on its connection
+        payload: for the worker; the queue does not look into it
+        reply_to: the channel that its answer goes to
+        is_ordered: whether it runs after those of its connection that were offered before; if not, beside them
+    """
+
+    connection: ConnectionId
+    request_id: str
+    payload: bytes
+    reply_to: Channel
+    is_ordered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +88,28 @@ class Accepted:
     answered_at: Position | None
 
 
+class Progress(Enum):
+    """How much of the answer to a request was published."""
+
+    NOTHING = 1
+    BEGUN = 2  # its begin, perhaps more
+    COMPLETE = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """A request that a worker took and has to answer.
 
     Attributes:
         entry: names it in the queue
-        payload: as it was stored
-        age: seconds since then, by the broker's clock
+        lane: the connection whose next request waits until this one is settled, or "" = none does
+        payload: as it was offered
+        age: seconds since it was accepted, by the broker's clock; those in which it waited for others included
         delivery_count: 1 = for the first time
     """
 
     entry: str
+    lane: str
     payload: bytes
     age: float
     delivery_count: int
@@ -87,23 +125,27 @@ class RequestQueue(Protocol):
         """
 
     def renew(self, running: Mapping[str, Request]) -> list[str]:
-        """Say that these, by entry, are still worked on, so that a resend is known and does not run them again.
+        """Say that these, by entry, are still worked on, so that a resend is known and does not run them again, and
+        the next of their connections wait.
 
         Returns:
             Entries that are not in the queue any more: another worker answered them.
         """
 
-    def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
-        """Publish parts of answers, then acknowledge the requests that are answered whole; one round trip."""
+    def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
+        """Publish parts of answers, then take the requests that are answered whole out of the queue; one round trip.
+
+        With each the next request of its connection is let in, once, whoever else settles it.
+        """
 
     def set_aside(self, taken: Taken) -> None:
-        """Keep a request that cannot be run for whoever looks into it, bounded, and take it out of the queue."""
+        """Keep a request that cannot be run for whoever looks into it, bounded, and settle it."""
 
     def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         """Tell for each whether its client cancelled it."""
 
-    def has_begun(self, request: Request) -> bool:
-        """Whether an answer to it, or the begin of one, was published."""
+    def progress(self, request: Request) -> Progress:
+        """Say how much of an answer to it was published."""
 
     def leave(self) -> None:
         """Say that this worker takes no more. What it has not settled is kept for others."""
@@ -208,8 +250,16 @@ class AsyncBroker(Protocol):
     async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         """Return for each identity what was revoked: subject -> until when."""
 
-    async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
-        """Store a request for a worker, in one step with the checks that it is new and that there is room."""
+    async def accept(self, offers: Sequence[Offer]) -> list[Accepted | Exception]:
+        """Store requests, in order and in one round trip; each in one step with the checks that it is new and that
+        there is room.
+
+        Of a connection `in_flight` run at once and `request_backlog` wait in its lane, in order. A lane whose running
+        requests the broker lost goes on within `lease` and a second, as long as a worker lives.
+
+        Returns:
+            An answer for each, in order, or what went wrong with that one alone.
+        """
 
     async def put_ticket(self, ticket: str, token: str, seconds: float) -> None:
         """Keep `token` for whoever shows `ticket`, once, within `seconds`."""
@@ -240,8 +290,15 @@ class AsyncBroker(Protocol):
             False if it had no lease any more, or none yet: what it holds may have been reported as ended.
         """
 
-    async def cancel(self, connection: ConnectionId, request_id: str) -> None:
-        """Note that an answer is not wanted any more."""
+    async def cancel(self, connection: ConnectionId, request_id: str) -> bool:
+        """Note that an answer is not wanted any more.
+
+        Returns:
+            Whether the request still waited for others; then it is out of the queue, and nobody will answer it.
+        """
+
+    async def withdraw(self, connection: ConnectionId, request_id: str) -> None:
+        """Take a request out of the queue that still waits for others, after it was answered without a worker."""
 
     async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
         """Change who is on several channels, or ask, in one round trip, in order.

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pubsub_mw.broker.codec import decode, encode
-from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Taken, answer_key
+from pubsub_mw.broker.interface import Accepted, Listener, Offer, Progress, Taken, answer_key, end_key
+from pubsub_mw.broker.memory_queue import MemoryRequests
 from pubsub_mw.broker.presence import Notice, PresenceCall, Present, Roster
 from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Request
 from pubsub_mw.settings import Settings
@@ -81,11 +82,7 @@ class MemoryBroker:
         self._histories: dict[str, _History] = {}
         self._keys: dict[tuple[str, str], tuple[Position, float]] = {}
         self._subscribers: list[MemorySubscriber] = []
-        self._requests: dict[str, _Waiting] = {}
-        self._claims: dict[tuple[str, str], float] = {}
-        self._cancelled: dict[tuple[str, str], float] = {}
-        self._arrived = threading.Condition(self._lock)
-        self._entry = 0
+        self.requests = MemoryRequests(settings, self._lock)
         self._reports: dict[ConnectionId, bytes] = {}
         self._revoked: dict[str, dict[str, float]] = {}
         self._rosters: dict[str, Roster] = {}
@@ -168,14 +165,14 @@ class MemoryBroker:
         """Store the report that a connection began, unless it was there already."""
         with self._lock:
             if connection not in self._reports:
-                self._put(begin)
+                self.requests.put(begin)
             self._reports[connection] = end
 
     def report_end(self, connection: ConnectionId) -> None:
         with self._lock:
             end = self._reports.pop(connection, None)
             if end is not None:
-                self._put(end)
+                self.requests.put(end)
 
     def presence(self, channel: Channel) -> Mapping[str, bytes]:
         return self.change_presence(PresenceCall(channel=channel)).users or {}
@@ -192,11 +189,6 @@ class MemoryBroker:
                 for subscriber in self._subscribers:
                     subscriber.offer(call.channel, notice)
             return present
-
-    def _put(self, payload: bytes) -> None:
-        self._entry += 1
-        self._requests[str(self._entry)] = _Waiting(payload, time.monotonic())
-        self._arrived.notify()
 
     def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
         with self._lock:
@@ -223,79 +215,64 @@ class MemoryBroker:
             token, expires = self._tickets.pop(ticket, (None, 0.0))
         return token if expires > time.monotonic() else None
 
-    def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
-        """Store a request; see `AsyncBroker.accept`."""
-        now, claim = time.monotonic(), (connection, request_id)
+    def accept(self, offers: Sequence[Offer]) -> list[Accepted]:
+        """Store requests; see `AsyncBroker.accept`."""
         with self._lock:
-            answered_at, expires = self._keys.get((reply_to, answer_key(request_id)), (None, 0.0))
-            if expires <= now:
-                answered_at = None
-            if self._claims.get(claim, 0.0) > now:
-                return Accepted(Acceptance.KNOWN, answered_at)
-            if len(self._requests) >= self._settings.queue_size:
-                return Accepted(Acceptance.FULL, answered_at)
-            self._put(payload)
-            self._claims[claim] = now + self._settings.claim_ttl
-            return Accepted(Acceptance.STORED, answered_at)
+            return [
+                Accepted(self.requests.offer(offer), self._published_at(offer.reply_to, answer_key(offer.request_id)))
+                for offer in offers
+            ]
 
-    def cancel(self, connection: ConnectionId, request_id: str) -> None:
+    def _published_at(self, channel: Channel, key: str) -> Position | None:
+        position, expires = self._keys.get((channel, key), (None, 0.0))
+        return position if expires > time.monotonic() else None
+
+    def cancel(self, connection: ConnectionId, request_id: str) -> bool:
         with self._lock:
-            self._cancelled[connection, request_id] = time.monotonic() + self._settings.idempotency_ttl
+            return self.requests.cancel(connection, request_id)
+
+    def withdraw(self, connection: ConnectionId, request_id: str) -> None:
+        with self._lock:
+            self.requests.withdraw(connection, request_id)
 
     def queue(self, worker: str) -> "MemoryQueue":  # noqa: ARG002 - who is in the same process needs no name
         return MemoryQueue(self)
 
     def take(self, limit: int, wait: float) -> list[Taken]:
-        with self._lock:
-            taken = self._take(limit)
-            if not taken:
-                self._arrived.wait(wait)
-                taken = self._take(limit)
-            return taken
-
-    def _take(self, limit: int) -> list[Taken]:
-        now = time.monotonic()
-        taken: list[Taken] = []
-        for entry, waiting in self._requests.items():
-            if len(taken) == limit:
-                break
-            if waiting.taken_until <= now:
-                waiting.taken_until = now + self._settings.lease
-                waiting.deliveries += 1
-                taken.append(Taken(entry, waiting.payload, now - waiting.since, waiting.deliveries))
-        return taken
+        return self.requests.take(limit, wait)
 
     def renew(self, running: Mapping[str, Request]) -> list[str]:
-        now = time.monotonic()
-        known_until = now + self._settings.claim_ttl
+        known_until = time.monotonic() + self._settings.claim_ttl
         with self._lock:
-            for entry, request in running.items():
-                if entry in self._requests:
-                    self._requests[entry].taken_until = now + self._settings.lease
-                    self._claims[request.connection, request.id] = known_until
-                    answer = (str(request.reply_to), answer_key(request.id))
-                    if answer in self._keys:
-                        self._keys[answer] = (self._keys[answer][0], known_until)
-            return [entry for entry in running if entry not in self._requests]
+            gone = self.requests.renew(running)
+            for request in (request for entry, request in running.items() if entry not in gone):
+                answer = (str(request.reply_to), answer_key(request.id))
+                if answer in self._keys:
+                    self._keys[answer] = (self._keys[answer][0], known_until)
+            return gone
 
-    def forget(self, entries: Sequence[str]) -> None:
+    def settle(self, done: Sequence[Taken]) -> None:
         with self._lock:
-            for entry in entries:
-                self._requests.pop(entry, None)
+            self.requests.settle(done)
 
     def cancelled(self, requests: Sequence[Request]) -> list[bool]:
-        now = time.monotonic()
         with self._lock:
-            return [self._cancelled.get((request.connection, request.id), 0.0) > now for request in requests]
+            return self.requests.cancelled(requests)
 
-    def has_begun(self, request: Request) -> bool:
+    def progress(self, request: Request) -> Progress:
         with self._lock:
-            _, expires = self._keys.get((request.reply_to, answer_key(request.id)), (None, 0.0))
-            return expires > time.monotonic()
+            begin = self._published_at(request.reply_to, answer_key(request.id))
+            end = self._published_at(request.reply_to, end_key(request.id))
+        if begin is None or end is not None:
+            return Progress.NOTHING if begin is None else Progress.COMPLETE
+        first = self.read(request.reply_to, begin.offset - 1, 1).publications[:1]
+        is_whole = [item.position for item in first] == [begin] and first[0].reply.startswith(".")
+        return Progress.COMPLETE if is_whole else Progress.BEGUN
 
     def leave_parent(self) -> None:
         """Note that this is another process now: what listened, and who held the lock, is in the parent."""
         self._lock = threading.Lock()
+        self.requests.use_lock(self._lock)
         self._subscribers = []
         self._has_endpoint = False
 
@@ -323,6 +300,7 @@ class MemoryBroker:
             self._histories.clear()
             self._keys.clear()
             self._rosters.clear()
+            self.requests.lose()
             for subscriber in self._subscribers:
                 subscriber.relink()
 
@@ -345,18 +323,7 @@ class MemoryBroker:
         # A revocation is older than every grant it can concern once `revocation_ttl` is over.
         limit = time.time() - self._settings.revocation_ttl
         self._revoked = {key: value for key, value in self._revoked.items() if max(value.values()) > limit}
-        self._claims = {claim: expires for claim, expires in self._claims.items() if expires > now}
-        self._cancelled = {request: expires for request, expires in self._cancelled.items() if expires > now}
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """One request in the queue."""
-
-    payload: bytes
-    since: float
-    taken_until: float = 0.0
-    deliveries: int = 0
+        self.requests.sweep(now)
 
 
 class MemoryQueue:
@@ -371,19 +338,19 @@ class MemoryQueue:
     def renew(self, running: Mapping[str, Request]) -> list[str]:
         return self._broker.renew(running)
 
-    def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
+    def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
         self._broker.publish(drafts)
-        self._broker.forget(done)
+        self._broker.settle(done)
 
     def set_aside(self, taken: Taken) -> None:
         """Take it out of the queue; a process that ends keeps nothing for later."""
-        self._broker.forget([taken.entry])
+        self._broker.settle([taken])
 
     def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         return self._broker.cancelled(requests)
 
-    def has_begun(self, request: Request) -> bool:
-        return self._broker.has_begun(request)
+    def progress(self, request: Request) -> Progress:
+        return self._broker.progress(request)
 
     def leave(self) -> None:
         """Nobody keeps a list of workers here."""
@@ -518,8 +485,8 @@ class AsyncMemoryBroker:
     async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         return self._broker.revoked(identities)
 
-    async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
-        return self._broker.accept(connection, request_id, payload, reply_to)
+    async def accept(self, offers: Sequence[Offer]) -> list[Accepted | Exception]:
+        return [*self._broker.accept(offers)]
 
     async def put_ticket(self, ticket: str, token: str, seconds: float) -> None:
         self._broker.put_ticket(ticket, token, seconds)
@@ -545,8 +512,11 @@ class AsyncMemoryBroker:
         """Nothing to keep: the server and the broker end together."""
         return True
 
-    async def cancel(self, connection: ConnectionId, request_id: str) -> None:
-        self._broker.cancel(connection, request_id)
+    async def cancel(self, connection: ConnectionId, request_id: str) -> bool:
+        return self._broker.cancel(connection, request_id)
+
+    async def withdraw(self, connection: ConnectionId, request_id: str) -> None:
+        self._broker.withdraw(connection, request_id)
 
     async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
         return [self._broker.change_presence(call) for call in calls]

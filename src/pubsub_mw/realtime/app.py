@@ -282,6 +282,7 @@ class _Running:
         self.shared.lifecycle.stop()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await self.shared.gate.close()
         await self._publisher.close()
         await self._broker.close()
 

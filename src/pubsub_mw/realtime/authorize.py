@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 
 from pubsub_mw.broker.codec import encode_request
-from pubsub_mw.broker.interface import Acceptance, AsyncBroker
+from pubsub_mw.broker.interface import Acceptance, AsyncBroker, Offer
 from pubsub_mw.errors import BrokerUnavailable, ChannelError
 from pubsub_mw.grants import queue_key
 from pubsub_mw.model import Channel, ConnectionId, Handshake, Position, Request, channel_of_user
@@ -85,8 +85,17 @@ class Authorizer:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = answer
         try:
-            payload = encode_request(request, self._key)
-            accepted = await self._broker.accept(connection, request_id, payload, self._channel)
+            # In no lane: a question of the server's does not wait for what its client asked for.
+            offer = Offer(
+                connection=connection,
+                request_id=request_id,
+                payload=encode_request(request, self._key),
+                reply_to=self._channel,
+                is_ordered=False,
+            )
+            (accepted,) = await self._broker.accept([offer])
+            if isinstance(accepted, Exception):
+                raise accepted
             if accepted.acceptance is Acceptance.FULL:
                 raise BrokerUnavailable("the request queue is full")
             async with asyncio.timeout(self._settings.request_timeout + self._settings.request_grace):

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Sequence
 
 from pubsub_mw import protocol
-from pubsub_mw.broker.interface import answer_key
+from pubsub_mw.broker.interface import answer_key, end_key
 from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.model import Draft, Request
 from pubsub_mw.settings import Settings
@@ -115,7 +115,7 @@ class Answer:
             return self.whole(held or b"") if problem is None else self.refuse(500, "Internal Server Error")
         self.is_complete = True
         head = protocol.response_end_head(self.request.id, problem)
-        return [self._draft(head, f"e:{self.request.id}", ".")]
+        return [self._draft(head, end_key(self.request.id), ".")]
 
     def _part(self, head: bytes) -> Draft:
         self._parts += 1

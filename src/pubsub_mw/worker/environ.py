@@ -7,7 +7,7 @@ Owns:   where each value comes from: method, path, query, body and a few headers
 Never:  lets a header that the client chose pass for one that a proxy or the handshake set
 
 Source: PEP 3333, "environ Variables"; ASGI spec, "HTTP connection scope". Names with an underscore never get here
-(`realtime.requests` refuses them), so `x_forwarded_for` cannot pass for `x-forwarded-for` (CVE-2026-3902).
+(`realtime.request_check` refuses them), so `x_forwarded_for` cannot pass for `x-forwarded-for` (CVE-2026-3902).
 """
 
 import sys

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pubsub_mw.broker.codec import decode_request
 from pubsub_mw.broker.engines import open_broker
-from pubsub_mw.broker.interface import Taken
+from pubsub_mw.broker.interface import Progress, Taken
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.grants import queue_key
 from pubsub_mw.model import LIFECYCLE_CHANNEL
@@ -219,17 +219,20 @@ class Worker:
             log.error("set aside a request that is not ours: %s", error)
             self._set_aside(taken)
             return
-        has_begun = False
+        progress = Progress.NOTHING
         if taken.delivery_count > 1:
             try:
-                has_begun = self._queue.has_begun(request)
+                progress = self._queue.progress(request)
+                if progress is Progress.COMPLETE:  # all that its worker did not come to is to say so
+                    self._queue.settle([], [taken])
+                    return
             except BrokerUnavailable as error:
                 log.warning("%s %s is left to another worker: %s", request.method, request.path, error)
                 return
-        answer = Answer(request, self.settings, has_begun=has_begun)
+        answer = Answer(request, self.settings, has_begun=progress is Progress.BEGUN)
         age = 0.0 if request.reply_to == LIFECYCLE_CHANNEL else taken.age
         deadline = time.monotonic() + self.settings.request_timeout - age
-        job = Job(self._outbox, taken.entry, request, answer, taken.delivery_count, deadline)
+        job = Job(self._outbox, taken, request, answer, deadline)
         if taken.delivery_count > self.settings.max_deliveries:
             count = taken.delivery_count - 1
             log.error("set aside %s %s: its workers died %d times", request.method, request.path, count)
@@ -259,7 +262,7 @@ class Worker:
     def _run_views(self) -> None:
         while (job := self._inbox.get()) is not None and not self._is_closed.is_set():
             if self._may_begin(job):
-                environ = build_environ(job.request, job.delivery_count)
+                environ = build_environ(job.request, job.taken.delivery_count)
                 run_wsgi(cast("WSGIApplication", self._app), environ, job, self._wait_for_outbox)
                 self._note_end(job)
                 if job.is_given_up:
@@ -269,7 +272,7 @@ class Worker:
 
     async def _run_asgi(self, job: Job) -> None:
         if self._may_begin(job):
-            scope = build_scope(job.request, job.delivery_count, self._state)
+            scope = build_scope(job.request, job.taken.delivery_count, self._state)
             await run_asgi(cast(ASGIApp, self._app), scope, job.request.body, job, self._pace)
             self._note_end(job)
 
@@ -301,7 +304,7 @@ class Worker:
     def _forget(self, done: Sequence[Job]) -> None:
         with self._room:
             for job in done:
-                self._running.pop(job.entry, None)
+                self._running.pop(job.taken.entry, None)
             self._room.notify()
 
     # Watching.
@@ -315,7 +318,7 @@ class Worker:
             try:
                 if now >= renew_at:
                     renew_at = now + self.settings.lease / 3
-                    self._drop(self._queue.renew({job.entry: job.request for job in jobs}))
+                    self._drop(self._queue.renew({job.taken.entry: job.request for job in jobs}))
                 for job, is_cancelled in zip(jobs, self._queue.cancelled([job.request for job in jobs]), strict=True):
                     job.is_wanted = job.is_wanted and not is_cancelled
             except BrokerUnavailable as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from pubsub_mw.broker.interface import RequestQueue
+from pubsub_mw.broker.interface import RequestQueue, Taken
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Draft, Request
 from pubsub_mw.worker.answers import Answer
@@ -38,9 +38,8 @@ class Job:
     """One request that was taken: a `Sink` for its answer, and what the worker has to know of it.
 
     Attributes:
-        entry: names it in the queue
+        taken: as it came from the queue
         request: what the application is asked
-        delivery_count: 1 = it runs for the first time
         deadline: after which it is not begun any more, by the monotonic clock
         began_at: when the application was called; 0.0 = not yet
         is_wanted: false when the client cancelled it, or another worker has it
@@ -55,25 +54,21 @@ class Job:
         "answer",
         "began_at",
         "deadline",
-        "delivery_count",
-        "entry",
         "is_answered",
         "is_given_up",
         "is_over",
         "is_started",
         "is_wanted",
         "request",
+        "taken",
         "task",
     )
 
-    def __init__(
-        self, outbox: "Outbox", entry: str, request: Request, answer: Answer, delivery_count: int, deadline: float
-    ) -> None:
+    def __init__(self, outbox: "Outbox", taken: Taken, request: Request, answer: Answer, deadline: float) -> None:
         self._outbox = outbox
-        self.entry = entry
+        self.taken = taken
         self.request = request
         self.answer = answer
-        self.delivery_count = delivery_count
         self.deadline = deadline
         self.began_at = 0.0
         self.is_wanted = True
@@ -179,10 +174,10 @@ class Outbox:
             held.setdefault(job, time.monotonic() + _HOLD_SECONDS)
 
     def _settle(self, drafts: Sequence[Draft], done: Sequence[Job]) -> None:
-        entries = [job.entry for job in done]
+        answered = [job.taken for job in done]
         while True:
             try:
-                self._requests.settle(drafts, entries)
+                self._requests.settle(drafts, answered)
                 break
             except BrokerUnavailable as error:
                 # The keys of the drafts make it safe to send them again, also if another worker has done it by then.

@@ -53,8 +53,19 @@ class Keyspace:
 
     @property
     def requests(self) -> str:
-        """Stream: requests that wait or are worked on; consumer group `workers`."""
+        """Stream: requests for workers, or worked on; consumer group `workers`."""
         return f"{self.prefix}:{{requests}}:q"
+
+    @property
+    def lanes(self) -> tuple[str, str, str, str]:
+        """What `lanes.lua` names: requests, those that wait in lanes, when to look at a lane, prefix of each lane."""
+        stem = f"{self.prefix}:{{requests}}:"
+        return self.requests, f"{stem}waiting", f"{stem}lanes", f"{stem}lane:"
+
+    def lane(self, connection: ConnectionId) -> tuple[str, str]:
+        """Set: ids in `requests` that run. List: what waits for that."""
+        stem = f"{self.lanes[3]}{connection}"
+        return f"{stem}:running", f"{stem}:waiting"
 
     @property
     def owners(self) -> str:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pubsub_mw.broker.interface import Taken, answer_key
+from pubsub_mw.broker.codec import decode
+from pubsub_mw.broker.interface import Progress, Taken, answer_key, end_key
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Draft, Request
@@ -23,6 +24,8 @@ __all__ = ["RedisQueue"]
 _GROUP = "workers"
 _DEAD_SIZE = 1_000
 """Requests kept that were set aside; the oldest go first."""
+_LANES_PER_CALL = 500
+"""Lanes that one script call looks at, so that it does not hold up Redis."""
 
 
 class _Link(Protocol):
@@ -40,6 +43,7 @@ class RedisQueue:
         self._keyspace = self._scripts.keyspace
         self._stream = self._keyspace.requests
         self._claim_ttl = round(settings.claim_ttl * 1_000)
+        self._sweep = self._scripts.sweep(settings.lease, _LANES_PER_CALL)
         self._reclaim_at = 0.0
 
     def take(self, limit: int, wait: float) -> list[Taken]:
@@ -62,12 +66,15 @@ class RedisQueue:
 
     def _take(self, limit: int, wait: float) -> list[Taken]:
         if time.monotonic() >= self._reclaim_at:
-            self._reclaim_at = time.monotonic() + min(1.0, self._settings.lease / 2)
-            reclaim = self._scripts.reclaim(_GROUP, self._worker, self._settings.lease, limit)
-            now, found = self._link.run(lambda _: [("TIME",), reclaim])
+            lease = self._settings.lease
+            self._reclaim_at = time.monotonic() + min(1.0, lease / 2)
+            reclaim, sweep = self._scripts.reclaim(_GROUP, self._worker, lease, limit), self._sweep
+            now, found, lanes = self._link.run(lambda _: [("TIME",), reclaim, sweep])
+            while lanes >= _LANES_PER_CALL:
+                (lanes,) = self._link.run(lambda _: [sweep])
             if found:
                 at = _milliseconds(now)
-                return [Taken(entry.decode(), payload, _age(entry, at), int(count)) for entry, count, payload in found]
+                return [_taken(entry, fields, at, int(count)) for entry, count, fields in found]
         block = max(1, round(wait * 1_000))
         read = (
             *("XREADGROUP", "GROUP", _GROUP, self._worker, "COUNT", limit, "BLOCK", block),
@@ -76,7 +83,7 @@ class RedisQueue:
         now, found = self._link.run(lambda _: [("TIME",), read], wait=wait)
         entries = found[0][1] if found else []
         at = _milliseconds(now)
-        return [Taken(entry.decode(), fields[1], _age(entry, at), 1) for entry, fields in entries]
+        return [_taken(entry, fields, at, 1) for entry, fields in entries]
 
     def renew(self, running: Mapping[str, Request]) -> list[str]:
         """Renew leases, claims, and what makes an answer show once; see `RequestQueue.renew`."""
@@ -86,17 +93,16 @@ class RedisQueue:
         for request in running.values():
             calls.append(("PEXPIRE", self._keyspace.claim(request.connection, request.id), self._claim_ttl))
             calls.append(("PEXPIRE", self._answer(request), self._claim_ttl))
+            calls += [("PEXPIRE", key, self._claim_ttl) for key in self._keyspace.lane(request.connection)]
         held = set(self._link.run(lambda _: calls)[0])
         return [entry for entry in running if entry.encode() not in held]
 
-    def settle(self, drafts: Sequence[Draft], done: Sequence[str]) -> None:
-        """Publish, then acknowledge; see `RequestQueue.settle`."""
+    def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
+        """Publish, then take out of the queue; see `RequestQueue.settle`."""
 
         def build(is_retry: bool) -> list[Call | tuple[Any, ...]]:
             calls: list[Call | tuple[Any, ...]] = [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts]
-            if done:
-                calls += [("XACK", self._stream, _GROUP, *done), ("XDEL", self._stream, *done)]
-            return calls
+            return [*calls, self._scripts.settle(_GROUP, done)] if done else calls
 
         self._link.run(build)
 
@@ -105,13 +111,7 @@ class RedisQueue:
         need not be able to use them."""
         note = ("XADD", self._keyspace.dead, "MAXLEN", "~", _DEAD_SIZE, "*", "entry", taken.entry)
         count = ("deliveries", taken.delivery_count, "bytes", len(taken.payload))
-        self._link.run(
-            lambda _: [
-                (*note, *count),
-                ("XACK", self._stream, _GROUP, taken.entry),
-                ("XDEL", self._stream, taken.entry),
-            ]
-        )
+        self._link.run(lambda _: [(*note, *count), self._scripts.settle(_GROUP, [taken])])
 
     def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         """Tell which were cancelled; see `RequestQueue.cancelled`."""
@@ -121,10 +121,17 @@ class RedisQueue:
         (replies,) = self._link.run(lambda _: [("MGET", *keys)])
         return [reply is not None for reply in replies]
 
-    def has_begun(self, request: Request) -> bool:
-        """Whether an answer was begun; see `RequestQueue.has_begun`."""
-        (position,) = self._link.run(lambda _: [("GET", self._answer(request))])
-        return position is not None
+    def progress(self, request: Request) -> Progress:
+        """Say how much of an answer was published; see `RequestQueue.progress`."""
+        channel = request.reply_to
+        keys = (self._answer(request), self._keyspace.idempotency(channel, end_key(request.id)))
+        begin, end = self._link.run(lambda _: [("GET", key) for key in keys])
+        if begin is None or end is not None:
+            return Progress.NOTHING if begin is None else Progress.COMPLETE
+        place = f"{Scripts.position_from(begin).offset}-0"
+        (entries,) = self._link.run(lambda _: [("XRANGE", self._keyspace.history(channel), place, place)])
+        is_whole = entries and decode(entries[0][1][1]).reply.startswith(".")
+        return Progress.COMPLETE if is_whole else Progress.BEGUN
 
     def leave(self) -> None:
         """Take the worker out of the group, if that drops nothing that waits for another one to take it over."""
@@ -145,6 +152,10 @@ def _milliseconds(time: list[bytes]) -> int:
     return int(time[0]) * 1_000 + int(time[1]) // 1_000
 
 
-def _age(entry: bytes, now: int) -> float:
-    """Return seconds from a stream entry's id, whose first part is Redis's clock in ms, to `now`."""
-    return max(0, now - int(entry.partition(b"-")[0])) / 1_000
+def _taken(entry: bytes, fields: Sequence[bytes], now: int, delivery_count: int) -> Taken:
+    """Return what a stream entry holds: p; c and a too if it came through `accept.lua`. Its id begins with a time."""
+    lane, accepted_at = b"", entry.partition(b"-")[0]
+    if len(fields) == 6 and fields[5].isdigit():
+        lane, accepted_at = fields[3], fields[5]
+    age = max(0, now - int(accepted_at)) / 1_000
+    return Taken(entry.decode(), lane.decode(errors="replace"), fields[1], age, delivery_count)

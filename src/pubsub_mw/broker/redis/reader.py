@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from redis.asyncio.connection import Connection
 
-from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, answer_key
+from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Offer, answer_key
 from pubsub_mw.broker.presence import PresenceCall, Present
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
@@ -103,15 +103,24 @@ class AsyncRedisBroker:
         token = await self.command("GETDEL", self._scripts.keyspace.ticket(ticket))
         return token.decode() if isinstance(token, bytes) else None
 
-    async def accept(self, connection: ConnectionId, request_id: str, payload: bytes, reply_to: Channel) -> Accepted:
-        """Store a request; see `AsyncBroker.accept`."""
-        answered = ("GET", self._scripts.keyspace.idempotency(reply_to, answer_key(request_id)))
-        call = self._scripts.accept(connection, request_id, payload, self._settings.queue_size)
-        reply, position = await self._run(lambda _: [call, answered], self._settings.publish_timeout)
+    async def accept(self, offers: Sequence[Offer]) -> list[Accepted | Exception]:
+        """Store requests; see `AsyncBroker.accept`."""
+        settings, calls = self._settings, list[Call | tuple[Any, ...]]()
+        limits = (settings.queue_size, settings.in_flight, settings.request_backlog)
+        for offer in offers:
+            calls.append(self._scripts.accept(offer, *limits))
+            calls.append(("GET", self._scripts.keyspace.idempotency(offer.reply_to, answer_key(offer.request_id))))
+        replies = await self._run(lambda _: calls, settings.publish_timeout)
+        return [self._accepted(*pair) for pair in zip(replies[::2], replies[1::2], strict=True)]
+
+    def _accepted(self, reply: Any, position: Any) -> Accepted | Exception:
         for item in (reply, position):
             if isinstance(item, redis.RedisError):
-                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {item}") from item
-        return Accepted(Acceptance(reply), Scripts.position_from(position) if position else None)
+                return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {item}")
+        try:
+            return Accepted(Acceptance(reply), Scripts.position_from(position) if position else None)
+        except BrokerUnavailable as error:
+            return error
 
     async def report_begin(
         self, server: str, connection: ConnectionId, begin: bytes, end: bytes, *, takes_over: bool
@@ -136,10 +145,13 @@ class AsyncRedisBroker:
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
         return reply
 
-    async def cancel(self, connection: ConnectionId, request_id: str) -> None:
-        """Note that an answer is not wanted any more."""
-        lifetime = str(round(self._settings.idempotency_ttl * 1_000))
-        await self.command("SET", self._scripts.keyspace.cancelled(connection, request_id), "1", "PX", lifetime)
+    async def cancel(self, connection: ConnectionId, request_id: str) -> bool:
+        """Note that an answer is not wanted any more; see `AsyncBroker.cancel`."""
+        return bool(await self._call(self._scripts.cancel(connection, request_id, is_answered=False)))
+
+    async def withdraw(self, connection: ConnectionId, request_id: str) -> None:
+        """Take a request out that was answered without a worker; see `AsyncBroker.withdraw`."""
+        await self._call(self._scripts.cancel(connection, request_id, is_answered=True))
 
     async def command(self, *arguments: str | bytes) -> Any:
         """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""

@@ -8,11 +8,13 @@ Never:  does I/O: the synchronous and the asynchronous door both send what is bu
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from pubsub_mw.broker.codec import decode
+from pubsub_mw.broker.interface import Offer, Taken
 from pubsub_mw.broker.presence import PresenceCall, Present, Verb, decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
 from pubsub_mw.errors import BrokerUnavailable
@@ -39,14 +41,17 @@ class Call:
         return ("EVAL", self.script, len(self.keys), *self.keys, *self.arguments)
 
 
-def _load(name: str) -> tuple[bytes, str]:
-    source = files("pubsub_mw.broker.redis").joinpath(name).read_bytes()
+def _load(*names: str) -> tuple[bytes, str]:
+    source = b"".join(files("pubsub_mw.broker.redis").joinpath(name).read_bytes() for name in names)
     return source, hashlib.sha1(source, usedforsecurity=False).hexdigest()
 
 
 _PUBLISH = _load("publish.lua")
 _READ = _load("read.lua")
-_ACCEPT = _load("accept.lua")
+_ACCEPT = _load("lanes.lua", "accept.lua")
+_SETTLE = _load("lanes.lua", "settle.lua")
+_SWEEP = _load("lanes.lua", "sweep.lua")
+_CANCEL = _load("lanes.lua", "cancel.lua")
 _RECLAIM = _load("reclaim.lua")
 _CONNECTION_BEGIN = _load("connection_begin.lua")
 _CONNECTION_END = _load("connection_end.lua")
@@ -105,9 +110,26 @@ class Scripts:
             ),
         )
 
-    def accept(self, connection: ConnectionId, request_id: str, payload: bytes, queue_size: int) -> Call:
-        keys = (self.keyspace.requests, self.keyspace.claim(connection, request_id))
-        return Call(*_ACCEPT, keys, (payload, str(queue_size), self._claim_ttl))
+    def accept(self, offer: Offer, queue_size: int, in_flight: int, backlog: int) -> Call:
+        keys = (*self.keyspace.lanes, self.keyspace.claim(offer.connection, offer.request_id))
+        lane = offer.connection if offer.is_ordered else ""
+        limits = (str(queue_size), str(in_flight), str(backlog))
+        return Call(*_ACCEPT, keys, (self._claim_ttl, offer.payload, offer.request_id, lane, *limits))
+
+    def settle(self, group: str, done: Sequence[Taken]) -> Call:
+        arguments = [self._claim_ttl, group]
+        for taken in done:
+            arguments += (taken.entry, taken.lane)
+        return Call(*_SETTLE, self.keyspace.lanes, tuple(arguments))
+
+    def sweep(self, interval: float, most: int) -> Call:
+        return Call(*_SWEEP, self.keyspace.lanes, (self._claim_ttl, _milliseconds(interval), str(most)))
+
+    def cancel(self, connection: ConnectionId, request_id: str, *, is_answered: bool) -> Call:
+        keyspace = self.keyspace
+        keys = (*keyspace.lanes, keyspace.claim(connection, request_id), keyspace.cancelled(connection, request_id))
+        mark_ttl = "" if is_answered else self._idempotency_ttl
+        return Call(*_CANCEL, keys, (self._claim_ttl, connection, request_id, mark_ttl))
 
     def reclaim(self, group: str, worker: str, lease: float, limit: int) -> Call:
         return Call(*_RECLAIM, (self.keyspace.requests,), (group, worker, _milliseconds(lease), str(limit)))
