@@ -29,7 +29,7 @@ from tests.tools.ports import free_port
 from tests.tools.redis_server import RedisServer
 
 from pubsub_mw.broker.codec import encode_request
-from pubsub_mw.broker.interface import Acceptance
+from pubsub_mw.broker.interface import Acceptance, Accepted, Offer
 from pubsub_mw.broker.redis.keyspace import Keyspace
 from pubsub_mw.broker.redis.reader import AsyncRedisBroker
 from pubsub_mw.grants import queue_key
@@ -171,8 +171,14 @@ def accept(view: str, settings: Settings, count: int, name: str) -> None:
         async def one(number: int) -> None:
             connection = ConnectionId(f"{name}-{number % _CONNECTIONS}")
             request = build(view, connection, str(number))
-            payload = encode_request(request, key)
-            accepted = await broker.accept(connection, request.id, payload, request.reply_to)
+            offer = Offer(
+                connection=connection,
+                request_id=request.id,
+                payload=encode_request(request, key),
+                reply_to=request.reply_to,
+            )
+            (accepted,) = await broker.accept([offer])
+            assert isinstance(accepted, Accepted)
             assert accepted.acceptance is Acceptance.STORED
 
         for begin in range(0, count, 64):

@@ -20,8 +20,6 @@ import orjson
 from starlette.types import Receive
 
 from pubsub_mw import protocol
-from pubsub_mw.broker.codec import encode_request
-from pubsub_mw.broker.interface import Acceptance
 from pubsub_mw.errors import BrokerUnavailable, ChannelError, ErrorCode, FrameError, GrantError
 from pubsub_mw.grants import Resume, sign_resume
 from pubsub_mw.model import (
@@ -140,20 +138,11 @@ class _Sender:
             case protocol.RequestFrame():
                 user = resume.grant.user if resume.grant is not None else None
                 self._check_fresh(resume)
-                request = gate.check(command, resume.connection, user, self._handshake)
-                payload = encode_request(dataclasses.replace(request, transport=self._transport), gate.key)
-                try:
-                    accepted = await gate.broker.accept(request.connection, request.id, payload, request.reply_to)
-                except BrokerUnavailable as error:
-                    raise FrameError(ErrorCode.UNAVAILABLE, _SILENT, id=command.id) from error
-                if accepted.acceptance is Acceptance.FULL:
-                    raise FrameError(ErrorCode.BUSY, "too many requests wait for the application", id=command.id)
+                await gate.accept(command, resume.connection, user, self._handshake, self._transport)
                 return protocol.accepted(id=command.id)
             case protocol.Cancel():
-                try:
-                    await gate.broker.cancel(resume.connection, command.id)
-                except BrokerUnavailable as error:
-                    raise FrameError(ErrorCode.UNAVAILABLE, _SILENT, id=command.id) from error
+                if await gate.cancel(resume.connection, command.id):
+                    raise FrameError(ErrorCode.CANCELLED, "cancelled before it was begun", id=command.id)
                 return protocol.accepted(id=command.id)
             case protocol.Publish():
                 await self._shared.publish(resume.grant, command)
