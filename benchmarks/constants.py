@@ -2,9 +2,9 @@
 
     python -m benchmarks.constants [--connections 5000]
 
-Per connection: memory of the process, of the kernel and of Redis, CPU time to connect and for each ping. Per publication:
-CPU time of Redis, alone and for each realtime process that listens. Per delivery: CPU time of the realtime process,
-bytes on the wire.
+Per connection: memory of the process, of the kernel and of Redis, CPU time to connect and for each ping. Per
+publication: CPU time of Redis, alone and for each realtime process that listens. Per delivery: CPU time of the realtime
+process, bytes on the wire.
 """
 
 import argparse
