@@ -14,12 +14,14 @@ import shutil
 import signal
 import ssl
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.tools.clock import eventually
 from tests.tools.ports import free_port
 from tests.tools.servers import PROJECT, Processes, Served
 
@@ -35,17 +37,15 @@ class Nginx:
     Attributes:
         url: where a visitor finds all of it
         plain_url: the same over HTTP, which only redirects
-        trust: what a Python client needs to believe the certificate
     """
 
     def __init__(self, processes: Processes, directory: Path, app_port: int, realtime_ports: Sequence[int]) -> None:
         self._directory = directory / "nginx"
         self._directory.mkdir()
         _write_certificate(self._directory)
-        self.trust = ssl.create_default_context(cafile=self._directory / "certificate.pem")
         self.port, self.plain_port = free_port(), free_port()
-        self.url = f"https://localhost:{self.port}"
-        self.plain_url = f"http://localhost:{self.plain_port}"
+        self.url = f"https://127.0.0.1:{self.port}"
+        self.plain_url = f"http://127.0.0.1:{self.plain_port}"
         self._path = self._directory / "nginx.conf"
         self.set_upstreams(app_port, realtime_ports)
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -76,19 +76,24 @@ class Nginx:
             assert count, f"{pattern} is not in {CONFIGURATION.name}"
         self._path.write_text(text)
 
+    @property
+    def trust(self) -> ssl.SSLContext:
+        """What a Python client needs to believe the certificate; a fresh one each time, since clients change it."""
+        return ssl.create_default_context(cafile=self._directory / "certificate.pem")
+
     def reload(self) -> None:
         """As `systemctl reload nginx`: new processes for new connections, the old ones for those that are open."""
+        before = self._children()
         self.served.send_signal(signal.SIGHUP)
+        eventually(lambda: self._children() - before, message="nginx did not reload")
 
-    @property
-    def log(self) -> str:
-        """What nginx complains about."""
-        return (self._directory / "error.log").read_text()
+    def _children(self) -> set[str]:
+        return set(Path(f"/proc/{self.served.pid}/task/{self.served.pid}/children").read_text().split())
 
 
 def _write_certificate(directory: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
@@ -98,7 +103,7 @@ def _write_certificate(directory: Path) -> None:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )
     (directory / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))

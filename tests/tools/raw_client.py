@@ -53,6 +53,7 @@ class RawClient:
         origin: str | None = None,
         headers: Mapping[str, str] | None = None,
         ssl: SSLContext | None = None,
+        local_address: str | None = None,
         answer_pings: bool = True,
         timeout: float = 5000 * MS,
     ) -> "RawClient":
@@ -62,6 +63,7 @@ class RawClient:
             origin=None if origin is None else Origin(origin),
             additional_headers=dict(headers or {}),
             ssl=ssl,
+            local_addr=(local_address, 0) if local_address else None,
             compression=None,
             ping_interval=None,
             proxy=None,

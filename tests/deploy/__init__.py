@@ -1,0 +1,1 @@
+"""What docs/deploy/ gives to copy, used as it is."""
