@@ -25,8 +25,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import redis
-from tests.tools.ports import free_port
-from tests.tools.redis_server import RedisServer
 
 from pubsub_mw.broker.codec import encode_request
 from pubsub_mw.broker.interface import Acceptance, Accepted, Offer
@@ -35,6 +33,8 @@ from pubsub_mw.broker.redis.reader import AsyncRedisBroker
 from pubsub_mw.grants import queue_key
 from pubsub_mw.model import ConnectionId, Handshake, Request, channel_of_connection
 from pubsub_mw.settings import Settings
+from tests.tools.ports import free_port
+from tests.tools.redis_server import RedisServer
 
 _PROJECT = Path(__file__).parents[1]
 _APP = "benchmarks.view:app"

@@ -21,14 +21,14 @@ from typing import Any
 
 import redis
 from redis.connection import Connection
-from tests.tools.ports import free_port
-from tests.tools.redis_server import RedisServer
 
 from benchmarks.loadgen import BUILD, CHANNEL, TAG, Server, compiled
 from pubsub_mw import Publisher
 from pubsub_mw.broker.redis.scripts import Scripts
 from pubsub_mw.drafts import build_draft
 from pubsub_mw.settings import Settings
+from tests.tools.ports import free_port
+from tests.tools.redis_server import RedisServer
 
 __all__ = [
     "MEASURED",

@@ -9,10 +9,12 @@ from functools import partial
 from uuid import uuid4
 
 from flask import Flask, abort, redirect, render_template, request, session, url_for
-from letter import letter
-from rooms import RoomConverter, add_message, recent_messages, recent_rooms, room_named
 
-from pubsub_mw import PubSub, PubSubError
+from letter import letter
+from live import position_of
+from poll import poll
+from pubsub_mw import PubSub
+from rooms import RoomConverter, add_message, recent_messages, recent_rooms, room_named
 
 app = Flask(__name__)
 app.wsgi_app = PubSub(app.wsgi_app)
@@ -20,6 +22,7 @@ app.secret_key = os.environ.get("CHAT_SECRET", "for development only")  # signs 
 app.config["SESSION_COOKIE_SAMESITE"] = "Lax"  # no other site can post as the visitor
 app.url_map.converters["room"] = RoomConverter
 app.register_blueprint(letter)
+app.register_blueprint(poll)
 
 
 @app.get("/")
@@ -40,16 +43,15 @@ def log_in_or_out():  # whoever says a name has it: here goes a login of your ow
 
 @app.get("/grant")
 def grant():
-    return {"grant": request.environ["pubsub.publisher"].grant(user=session.get("user"))}
+    if not session:
+        abort(401)
+    publisher, info = request.environ["pubsub.publisher"], {"name": session["name"]}
+    return {"grant": publisher.grant(user=session["user"], channels=["presence-room:*"], info=info)}
 
 
 @app.get("/rooms/<room:room>")
 def show_room(room):
-    try:
-        position = request.environ["pubsub.publisher"].position(f"room:{room}")
-    except PubSubError as error:  # the page is good without it, and says that it is not live
-        app.logger.error("a page goes out that is not live: %s", error)
-        position = ""
+    position = position_of(f"room:{room}")
     rooms = dict.fromkeys(["lobby", room, *recent_rooms()])
     page = {"room": room, "rooms": rooms, "position": position, "messages": recent_messages(room), "key": uuid4()}
     return render_template("room.html", **page)

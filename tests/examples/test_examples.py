@@ -262,6 +262,8 @@ def test_the_examples_stay_under_80_lines_of_python() -> None:
 
     assert _lines(app) < 80
     assert _lines(project) < 80
+    for page in (FLASK.folder / "letter.py", FLASK.folder / "poll.py", DJANGO.folder / "poll" / "views.py"):
+        assert _lines([page]) < 80
 
 
 def _lines(paths: list[Path]) -> int:

@@ -6,8 +6,8 @@ import re
 import pytest
 from playwright.async_api import Page
 
-from tests.examples.conftest import FLASK, OpenWindow, Site
-from tests.tools.clock import MS
+from tests.examples.conftest import FLASK, OpenWindow, Site, Window
+from tests.tools.clock import MS, eventually_async
 
 pytestmark = [
     pytest.mark.anyio,
@@ -38,7 +38,7 @@ async def test_rooms_do_not_hear_each_other(one_process: Site, open_window: Open
     await ada.shows("in the lobby")
     await basho.shows("over tea")
     await ada.page.reload()
-    assert await ada.page.locator("nav a:not(.aside)").all_inner_texts() == ["lobby", "tea-cake"]
+    assert await ada.page.locator("nav > a").all_inner_texts() == ["lobby", "tea-cake"]
 
 
 async def test_a_window_knows_its_own_messages(one_process: Site, open_window: OpenWindow) -> None:
@@ -81,6 +81,29 @@ async def test_a_room_shows_its_last_fifty_messages(one_process: Site, open_wind
     window = await open_window(one_process)
 
     await window.shows(*(f"message {number}" for number in range(10, 60)))
+
+
+async def test_the_chat_shows_who_is_here(site: Site, open_window: OpenWindow) -> None:
+    ada, visitor = await open_window(site), await open_window(site, None)
+    second = await open_window(site, beside=ada)
+    await _here(ada, "Ada")
+    basho = await open_window(site, "Basho")
+    for window in (ada, second, basho):
+        await _here(window, "Ada, Basho")
+    assert await visitor.page.is_hidden("#here")
+
+    await second.page.close()
+    await basho.log_out()
+
+    await _here(ada, "Ada")
+
+
+async def _here(window: Window, names: str) -> None:
+    async def is_so() -> bool:
+        assert await window.page.inner_text("#here span") == names
+        return True
+
+    await eventually_async(is_so, 15_000 * MS)
 
 
 @pytest.mark.parametrize("replaced", ["realtime", "worker", "nginx"])

@@ -4,12 +4,12 @@ import gzip
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from pubsub_mw.realtime.script import slim
+from tests.tools.npm import node_modules, run
 
 HERE = Path(__file__).parent
 STATIC = HERE.parents[1] / "src" / "pubsub_mw" / "static"
@@ -23,26 +23,10 @@ def served() -> str:
     return slim((STATIC / "client.js").read_text())
 
 
-def run(*command: str, folder: Path = HERE) -> str:
-    """Return what a command printed; fail the test with it if the command fails."""
-    program = shutil.which(command[0])
-    if program is None:
-        pytest.fail(f"{command[0]} is missing: install Node 20 or newer, with npm")
-    done = subprocess.run([program, *command[1:]], cwd=folder, capture_output=True, text=True, timeout=110, check=False)
-    if done.returncode:
-        pytest.fail(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}", pytrace=False)
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def tsc() -> str:
-    """The TypeScript compiler of package-lock.json, installed once for each version of that file."""
-    lock = HERE / "package-lock.json"
-    installed = HERE / "node_modules" / ".installed-lock.json"
-    if not installed.exists() or installed.read_bytes() != lock.read_bytes():
-        run("npm", "ci", "--no-fund", "--no-audit")
-        shutil.copy(lock, installed)
-    return str(HERE / "node_modules" / ".bin" / "tsc")
+    """The TypeScript compiler of package-lock.json."""
+    return str(node_modules() / ".bin" / "tsc")
 
 
 @pytest.mark.parametrize("form", ["as it is", "as it is served"])

@@ -6,6 +6,7 @@
 `tcp_proxy`     a network between any two ends that can freeze, lose, delay, cut and refuse
 `servers`       uvicorn, gunicorn and `pubsub-mw` as processes
 `nginx`         nginx with the configuration of docs/deploy/, over TLS
+`npm`           packages for Node and for pages
 `raw_client`    a WebSocket client that knows the wire and nothing else
 `browser`       a headless Chromium
 

@@ -1,4 +1,3 @@
-import logging
 from uuid import uuid4
 
 from django.db import transaction
@@ -7,18 +6,14 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
 
 from comments.models import Comment, CommentForm
-from pubsub_mw import PubSubError
+from live import position_of
 
 CHANNEL = "article:lighthouses:comments"
 
 
 @require_GET
 def article(request):
-    try:  # The position is read before the comments are: what comes between the two is told again, never missed.
-        position = request.environ["pubsub.publisher"].position(CHANNEL)
-    except PubSubError as error:  # the page is good without it, and says that it is not live
-        logging.getLogger(__name__).error("a page goes out that is not live: %s", error)
-        position = ""
+    position = position_of(request, CHANNEL)
     page = {"channel": CHANNEL, "position": position, "comments": Comment.objects.all(), "key": uuid4().hex}
     return render(request, "article.html", page)
 

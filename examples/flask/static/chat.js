@@ -10,6 +10,7 @@ const me = document.body.dataset.name;
 const grant = async () => (await (await fetch("/grant")).json()).grant;
 const realtime = connect(me ? { grant } : {});
 realtime.on("error", ({ code }) => code === 3503 && location.reload());
+find("leave")?.form.addEventListener("submit", () => realtime.close()); // here the answer loads the page anew
 
 realtime.subscribe(list.dataset.channel, show, {
   position: list.dataset.position || null, // what was said since the page was made comes first
@@ -19,6 +20,16 @@ realtime.subscribe(list.dataset.channel, show, {
     find("notice").hidden = true;
   },
 });
+
+// Who is here: each person once, whichever windows they have open.
+if (me) {
+  realtime.subscribe(`presence-${list.dataset.channel}`, () => {}, {
+    onMembers(members) {
+      find("here").hidden = false;
+      find("here").lastElementChild.textContent = members.map(({ info }) => info.name).sort().join(", ");
+    },
+  });
+}
 
 /** Over the connection while there is one, else by HTTP. It is the same view. */
 const send = (...request) => (realtime.state === "connected" ? realtime : window).fetch(...request);
