@@ -60,7 +60,12 @@ class Endpoint:
         # In a thread: it reads files.
         app = await asyncio.to_thread(lambda: with_realtime(self._beside, **self._arguments))
         config = uvicorn.Config(
-            app, port=self.port, log_level="error", ws="websockets-sansio", ws_ping_interval=None, lifespan="off"
+            app,
+            port=self.port,
+            log_level="error",
+            ws="pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol",
+            ws_ping_interval=None,
+            lifespan="off",
         )
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,7 +46,12 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
     """Run `app` in a real server, in a thread of this process; yield `host:port`."""
     port = free_port()
     config = uvicorn.Config(
-        app, port=port, log_level="critical", ws="websockets-sansio", timeout_graceful_shutdown=1, **options
+        app,
+        port=port,
+        log_level="critical",
+        ws="pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol",
+        timeout_graceful_shutdown=1,
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

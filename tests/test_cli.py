@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -327,6 +328,25 @@ async def test_several_workers_share_a_port_and_each_drains(
     for client in clients:
         assert (await client.closed())[0] == 3001
     await eventually_async(lambda: server.exit_code is not None, 10_000 * MS)
+
+
+@pytest.mark.anyio
+async def test_a_server_takes_all_the_files_it_may_have_and_says_how_many(
+    env: dict[str, str], processes: Processes, raw_client: OpenClient
+) -> None:
+    port = free_port()
+    script = f"ulimit -Sn 200; ulimit -Hn 1000; exec {COMMAND} realtime --port {port}"
+    server = processes.start(["sh", "-c", script], port=port, env=env, ready_path="/realtime/health")
+    assert "about 1,000 connections" in server.log
+    if hasattr(resource, "prlimit"):
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (1_000, 1_000)
+    # On the transport itself, and with nothing in the log that a ticket could be read from.
+    client = await raw_client(f"{server.ws_url}/realtime/?ticket=canary")
+    await client.hello()
+    async with httpx.AsyncClient() as http:
+        await http.get(f"{server.url}/realtime/health?ticket=canary")
+    server.wait_for_log('"GET /realtime/health HTTP/1.1"')
+    assert "canary" not in server.log
 
 
 @pytest.mark.anyio

@@ -2,7 +2,8 @@
 
 In:     arguments, and `PUBSUB_*` of the environment
 Out:    servers; publications sent and shown; a diagnosis
-Owns:   what belongs to the server rather than the ASGI app: frame size, TCP_USER_TIMEOUT, a bound on shutdown
+Owns:   what belongs to the server rather than the ASGI app: protocol classes, frame size, open files, TCP_USER_TIMEOUT,
+        a bound on shutdown
 Never:  shows a traceback for what the user can mend; puts a secret on the screen
 """
 
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import logging.config
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -37,6 +39,7 @@ from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import Subscription
+from pubsub_mw.realtime.uvicorn_protocol import HTTPProtocol, WebSocketProtocol, WithoutQuery
 from pubsub_mw.settings import Settings
 from pubsub_mw.worker import Worker
 from pubsub_mw.worker.processes import run_until_signal, supervise
@@ -51,6 +54,9 @@ _TCP_USER_TIMEOUT_MS = 10_000
 
 _GRACE_SECONDS = 3
 """After the drain, for what still runs; then it is cancelled."""
+
+_MANY_FILES = 65_536
+"""Below this a server says at its start how many connections it can hold."""
 
 _PORT = click.IntRange(0, 65_535)
 
@@ -141,7 +147,10 @@ def serve(
 def realtime(
     url: str | None, host: str, port: int, workers: int, drain: float | None, forwarded_allow_ips: str | None
 ) -> None:
-    """Run the realtime endpoint alone, at /realtime, beside an app that runs elsewhere."""
+    """Run the realtime endpoint alone, at /realtime, beside an app that runs elsewhere.
+
+    Each connection is an open file. As many as the hard limit (ulimit -Hn) allows are used.
+    """
     settings = _prepare(url, drain)
     if settings.url.startswith("memory:"):
         raise click.UsageError(
@@ -365,12 +374,14 @@ def _run(
     reload: bool = False,
     factory: bool = False,
 ) -> None:
+    _raise_file_limit()
     config = uvicorn.Config(
         app,
         factory=factory,
         workers=workers,
         reload=reload,
-        ws="websockets-sansio",
+        http=HTTPProtocol,
+        ws=WebSocketProtocol,
         ws_max_size=settings.max_frame_bytes,
         ws_ping_interval=None,  # the protocol's own ping is seen by clients too
         ws_per_message_deflate=False,  # it takes more memory than all the rest of a connection (uvicorn#1862)
@@ -389,8 +400,26 @@ def _run(
             raise SystemExit(3)
 
 
+def _raise_file_limit() -> None:
+    """Let the processes have as many files open as the system allows them: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            hard = soft  # macOS allows less than it says
+    if 0 <= hard < _MANY_FILES:
+        click.echo(
+            f"A process may hold about {hard:,} connections, as it may open so many files; "
+            "more by ulimit -Hn, or systemd's LimitNOFILE",
+            err=True,
+        )
+
+
 def _log_config() -> dict[str, Any]:
     config = copy.deepcopy(LOGGING_CONFIG)
+    config["filters"] = {"without_query": {"()": WithoutQuery}}
+    config["handlers"]["access"]["filters"] = ["without_query"]
     config["loggers"]["pubsub_mw"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return config
 

@@ -15,6 +15,10 @@ from tests.tools.ports import free_port
 
 SECRET = "a secret of thirty-two bytes or more"
 
+OURS = "pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol"
+PLAIN = "websockets-sansio"
+"""uvicorn's own class: any ASGI server will do, and this one stands for them."""
+
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
@@ -33,8 +37,14 @@ class Site:
         self.ws_url = f"ws://127.0.0.1:{port}"
 
 
+@pytest.fixture(params=[OURS, PLAIN], ids=["ours", "plain"])
+def websocket_class(request: pytest.FixtureRequest) -> str:
+    """The WebSocket protocol class of the servers of one test: every promise holds with both."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def serve_app() -> AsyncIterator[Callable[..., Awaitable[Site]]]:
+async def serve_app(websocket_class: str) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
     """Start `await serve_app(app, **uvicorn_options)`; it stops with the test."""
     running: list[tuple[Site, asyncio.Task[None]]] = []
 
@@ -43,7 +53,7 @@ async def serve_app() -> AsyncIterator[Callable[..., Awaitable[Site]]]:
             "lifespan": "auto",
             "log_config": None,
             "timeout_graceful_shutdown": 1,
-            "ws": "websockets-sansio",
+            "ws": websocket_class,
             **options,
         }
         server = _Server(uvicorn.Config(app, **options))

@@ -29,7 +29,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.ws_url = f"ws://127.0.0.1:{self.port}/realtime/"
         config = uvicorn.Config(
-            build(), port=self.port, log_config=None, ws="websockets-sansio", ws_ping_interval=None, lifespan="on"
+            build(),
+            port=self.port,
+            log_config=None,
+            ws="pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol",
+            ws_ping_interval=None,
+            lifespan="on",
         )
         config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)

@@ -183,8 +183,8 @@ async def test_a_slow_client_is_closed_and_others_still_receive(
     slow, quick = await connected(raw_client, site, "room"), await connected(raw_client, site, "room")
     slow.pause()
     hub = (await site.app.start()).hub
-    count = 0
-    while not any(queue.closed for queue in hub.send_queues()):
+    queues, count = hub.send_queues(), 0
+    while not any(queue.closed for queue in queues):
         # More than what the kernel buffers, one by one so that the quick one is never far behind.
         count += 1
         assert count < 1_000

@@ -15,7 +15,8 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from importlib.resources import files
 from types import FrameType
 from typing import Any
@@ -39,7 +40,7 @@ from pubsub_mw.realtime.origin import refuse_origin
 from pubsub_mw.realtime.script import slim
 from pubsub_mw.realtime.send import answer_frames
 from pubsub_mw.realtime.sse import refuse_events, serve_events
-from pubsub_mw.realtime.websocket import deny, serve_websocket
+from pubsub_mw.realtime.websocket import deny, serve_websocket, take_over
 from pubsub_mw.settings import Settings
 
 __all__ = ["Realtime"]
@@ -89,7 +90,7 @@ class Realtime(Starlette):
         if scope["type"] == "websocket":
             # Whatever path led here: a `Mount` passes on only what comes below its closing slash, so an app that wants
             # the mount itself too adds `WebSocketRoute("/realtime", realtime)`.
-            await self._websocket(WebSocket(scope, receive, send))
+            await self._websocket(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
@@ -172,42 +173,52 @@ class Realtime(Starlette):
 
         signal.signal(signal.SIGTERM, on_sigterm)
 
-    async def _websocket(self, websocket: WebSocket) -> None:
-        handshake = Handshake.from_scope(websocket.scope)
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handshake = Handshake.from_scope(scope)
         try:
-            async with self._admitted(handshake) as shared:
-                await serve_websocket(websocket, shared, handshake)
+            shared = await self._checked(handshake)
+            leave = self._admit(handshake)
         except Refusal as refusal:
-            await deny(websocket, refusal.status, refusal.message)
+            await deny(WebSocket(scope, receive, send), refusal.status, refusal.message)
+            return
+        if not take_over(scope, shared, handshake, leave):
+            try:
+                await serve_websocket(WebSocket(scope, receive, send), shared, handshake)
+            finally:
+                leave()
 
     async def _events(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
-        async with self._admitted(handshake, may_lack_origin=True) as shared:
+        shared = await self._checked(handshake, may_lack_origin=True)
+        leave = self._admit(handshake)
+        try:
             await serve_events(scope, receive, send, shared, handshake)
+        finally:
+            leave()
 
     async def _send(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
         shared = await self._checked(handshake)
         await json_response(await answer_frames(receive, shared, handshake))(scope, receive, send)
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self, handshake: Handshake, *, may_lack_origin: bool = False) -> AsyncIterator[Shared]:
-        """Admit who may stay for a while, and count it.
+    def _admit(self, handshake: Handshake) -> Callable[[], None]:
+        """Admit who may stay for a while, and count it until what is returned is called.
 
         Raises:
-            Refusal: not from there, not now, or not one more.
+            Refusal: not now, or not one more.
         """
-        shared = await self._checked(handshake, may_lack_origin=may_lack_origin)
         if self._is_draining:
             raise Refusal(503, ErrorCode.UNAVAILABLE, "this server is going away; try again")
         limit, address = self.settings.max_connections_per_address, handshake.address
-        if limit and self._per_address[address] >= limit:
+        if not limit:
+            return _nothing
+        if self._per_address[address] >= limit:
             raise Refusal(429, ErrorCode.BUSY, f"an address may have {limit} connections")
         self._per_address[address] += 1
-        try:
-            yield shared
-        finally:
-            self._per_address[address] -= 1
-            if not self._per_address[address]:
-                del self._per_address[address]
+        return partial(self._forget, address)
+
+    def _forget(self, address: str) -> None:
+        self._per_address[address] -= 1
+        if not self._per_address[address]:
+            del self._per_address[address]
 
     async def _checked(self, handshake: Handshake, *, may_lack_origin: bool = False) -> Shared:
         """Return what connections share, for who may ask.
@@ -285,6 +296,10 @@ class _Running:
         await self.shared.gate.close()
         await self._publisher.close()
         await self._broker.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Static:

@@ -2,10 +2,12 @@
 
 In:     the text of each frame the client sent, one after another
 Out:    frames into its send queue; subscriptions into the hub; publications to the broker
-Owns:   who the client is (id, grant), its subscriptions, and one timer for its deadlines
+Owns:   who the client is (id, grant), its subscriptions, and its next deadline on the wheel
 Never:  knows a socket; raises for what a client did: that becomes an `error` frame, or a close code
 
 States: new -> connected -> closed. A command before `connect` is refused; `connect` twice is refused.
+
+There may be 100,000 of them in a process, nearly all idle: what is seldom needed is made when it is.
 """
 
 import asyncio
@@ -15,7 +17,11 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import orjson
 
 from pubsub_mw import protocol
 from pubsub_mw.broker.interface import AsyncBroker
@@ -32,6 +38,7 @@ from pubsub_mw.errors import (
 )
 from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
+    FROM_HANDSHAKE,
     USER_PREFIX,
     Channel,
     ConnectionId,
@@ -53,12 +60,16 @@ from pubsub_mw.realtime.lifecycle import Lifecycle
 from pubsub_mw.realtime.presence import Presence
 from pubsub_mw.realtime.requests import RequestGate, Requests
 from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.socket import Sockets
 from pubsub_mw.realtime.subscription import Subscription
+from pubsub_mw.realtime.wheel import Wheel
 from pubsub_mw.settings import Settings
 
 __all__ = ["Connection", "Recall", "Shared", "grant_refused"]
 
 log = logging.getLogger("pubsub_mw")
+
+_NONE: Mapping[Any, Any] = MappingProxyType({})
 
 Recall = Callable[[str], str | None]
 """Tells the position, as text, at which a channel was left, or None."""
@@ -78,6 +89,7 @@ class Shared:
         self.hub = hub
         self.publisher = publisher
         self.secret = secret
+        self.loop = asyncio.get_running_loop()
         self.verifier = GrantVerifier(secret, settings.grant_public_key)
         self.is_public = compile_patterns(settings.public)
         self.gate = RequestGate(settings, broker, publisher, secret)
@@ -85,6 +97,8 @@ class Shared:
         self.authorizer = Authorizer(broker, hub, settings, secret)
         self.lifecycle = Lifecycle(broker, settings, secret)
         self.presence = Presence(broker, hub, settings)
+        self.wheel = Wheel()
+        self.sockets = Sockets(settings, self.wheel)
 
     def allows(self, grant: Grant | None, channel: Channel) -> bool:
         """Whether `channel` may be listened to by everybody, or by `grant`."""
@@ -153,34 +167,72 @@ class Connection:
         shared: of this process
         handshake: the request that opened it
         transport: `websocket`, `sse` or `longpoll`; only over the first does a client answer pings
+        send_queue: where its frames go, if the transport has one of its own
     """
 
-    def __init__(self, shared: Shared, handshake: Handshake, transport: str = "websocket") -> None:
+    __slots__ = (
+        "_allowed",
+        "_app_info",
+        "_app_user",
+        "_app_user_at",
+        "_asking",
+        "_begun_at",
+        "_expiry_told_at",
+        "_grant",
+        "_handshake",
+        "_next_ping_at",
+        "_own",
+        "_recall",
+        "_requests",
+        "_revoked",
+        "_shared",
+        "_subscriptions",
+        "_token",
+        "_unanswered_at",
+        "_user_positions",
+        "due",
+        "id",
+        "send_queue",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        shared: Shared,
+        handshake: Handshake,
+        transport: str = "websocket",
+        send_queue: SendQueue | None = None,
+    ) -> None:
         settings = shared.settings
         self._shared = shared
-        self.handshake = handshake
+        self._handshake = _pack(handshake)
         self.transport = transport
-        self.send_queue = SendQueue(settings.send_queue_bytes, settings.send_queue_bytes // 4)
+        self.send_queue = send_queue or SendQueue(settings.send_queue_bytes, settings.send_queue_bytes // 4)
         self.id: ConnectionId | None = None
         self._grant: Grant | None = None
         self._subscriptions: dict[Channel, Subscription] = {}
-        self._own: list[Subscription] = []
+        self._own: tuple[Subscription, ...] = ()
         self._requests: Requests | None = None
-        self._asking: dict[Channel, asyncio.Task[FrameError | None]] = {}
+        self._asking: Mapping[Channel, asyncio.Task[FrameError | None]] = _NONE
         self._app_user: str | None = None
         self._app_info: object = None
         self._app_user_at = math.inf  # when the application was asked who it is
-        self._user_positions: dict[str, Position] = {}  # for the channel of the user whom the application may name
-        self._recall: Recall = lambda _channel: None
-        self._token: Resume | None = None
+        self._user_positions: Mapping[str, Position] = _NONE  # for the channel of the user whom the app may name
+        self._recall: Recall = _recall_nothing
+        self._token: Resume | None = None  # until it has begun
         self._begun_at = time.time()
-        self._revoked: dict[str, float] = {}  # channel, or `*` -> grants made until then are void
+        self._revoked: Mapping[str, float] = _NONE  # channel, or `*` -> grants made until then are void
         self._allowed: dict[Channel, _Allowed] = {}
-        self._loop = asyncio.get_running_loop()
         self._next_ping_at = math.inf
         self._unanswered_at: float | None = None  # when the first ping went out since anything came
         self._expiry_told_at: float | None = None
-        self._timer = self._loop.call_later(settings.connect_timeout, self._on_connect_timeout)
+        self.due = 0
+        shared.wheel.set(self, self._now() + settings.connect_timeout)
+
+    @property
+    def handshake(self) -> Handshake:
+        """The request that opened it, with the headers that the application sees."""
+        return _unpack(self._handshake)
 
     @property
     def user(self) -> str | None:
@@ -194,29 +246,49 @@ class Connection:
 
     async def receive(self, text: str | bytes) -> None:
         """Take one frame. Returns when its effect has been begun; answers come through `send_queue`."""
+        rest = self.take(text)
+        if rest is not None:
+            await rest
+
+    def take(self, text: str | bytes) -> Awaitable[None] | None:
+        """Do the same at once where nothing is to be waited for; else return what to await."""
         self._unanswered_at = None
         try:
             command = protocol.decode_command(text)
             if isinstance(command, protocol.Connect):
-                await self.connect(command, self._resumed(command.resume))
-            elif self.id is None:
+                return self._connect(command)
+            if self.id is None:
                 raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
-            elif isinstance(command, protocol.Subscribe):
+            if isinstance(command, protocol.Subscribe):
                 if command.grant is not None:
-                    await self.take_grant(self._shared.verify(command.grant), adds=True)
+                    return self._answer(self._subscribe_with(command.grant, command))
                 self._subscribe(command.channel, command.position)
             elif isinstance(command, protocol.Unsubscribe):
                 self._unsubscribe(command.channel)
             elif isinstance(command, protocol.RefreshGrant):
-                await self.take_grant(self._shared.verify(command.grant))
+                return self._answer(self.take_grant(self._shared.verify(command.grant)))
             elif isinstance(command, protocol.Publish):
-                await self._shared.publish(self._grant, command)
-            elif isinstance(command, protocol.RequestFrame) and self._requests is not None:
-                self._requests.put(command, self.user)
-            elif isinstance(command, protocol.Cancel) and self._requests is not None:
-                self._requests.cancel(command.id)
+                return self._answer(self._shared.publish(self._grant, command))
+            elif isinstance(command, protocol.RequestFrame):
+                self._open_requests().put(command, self.user)
+            elif isinstance(command, protocol.Cancel):
+                self._open_requests().cancel(command.id)
         except FrameError as error:
-            self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+            self._refuse(error)
+        return None
+
+    async def _answer(self, rest: Coroutine[Any, Any, None]) -> None:
+        try:
+            await rest
+        except FrameError as error:
+            self._refuse(error)
+
+    def _refuse(self, error: FrameError) -> None:
+        self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+
+    async def _subscribe_with(self, grant: str, command: protocol.Subscribe) -> None:
+        await self.take_grant(self._shared.verify(grant), adds=True)
+        self._subscribe(command.channel, command.position)
 
     def refuse(self, code: ErrorCode, message: str) -> None:
         """Answer a frame that could not even be taken as text."""
@@ -225,7 +297,7 @@ class Connection:
 
     def close(self) -> None:
         """Leave the hub. Idempotent; the transport calls it when the client is gone."""
-        self._timer.cancel()
+        self._shared.wheel.discard(self)
         self.send_queue.close(CloseCode.SERVER_ERROR, "closed")
         for task in list(self._asking.values()):
             task.cancel()
@@ -239,11 +311,25 @@ class Connection:
             self._shared.presence.leave(subscription, after=grace)
             self._shared.hub.unsubscribe(subscription)
         self._subscriptions.clear()
-        self._own.clear()
+        self._own = ()
         if self.id is not None and self._shared.hub.close(self.id, self.send_queue):
             self._shared.lifecycle.end(self.id)
 
     # Who it is.
+
+    def _connect(self, command: protocol.Connect) -> Awaitable[None] | None:
+        """Begin, without a coroutine for those who bring nothing that is to be looked up."""
+        if command.grant is not None or command.resume is not None:
+            return self._answer(self.connect(command, self._resumed(command.resume)))
+        if self.id is not None:
+            raise FrameError(ErrorCode.ALREADY_CONNECTED, "this connection is connected already")
+        self._shared.control.enter(self)
+        begun = self._begin(command)
+        if begun is None:
+            self._listen_as_asked(command)
+        else:
+            begun.add_done_callback(lambda _: self._listen_as_asked(command))
+        return begun
 
     async def connect(
         self,
@@ -277,24 +363,10 @@ class Connection:
         self._grant, self._token = grant, resume
         if not await self._is_admitted():
             return
-        resume = self._token  # void if it was made before its user was disconnected
-        connection = resume.connection if resume is not None else ConnectionId(secrets.token_urlsafe(16))
-        positions = self._own_positions(command, connection, resume)
-        if not await self._begin(connection, resume, positions):
-            return
-        for channel, position in command.channels.items():
-            if channel.startswith("#") and resume is not None and channel in positions:
-                continue
-            try:
-                if channel.startswith(USER_PREFIX) and resume is not None and self.user is None:
-                    # Whose it is the application says when it is asked again; until then it is nobody's.
-                    self._keep_user_position(channel, position)
-                else:
-                    self._subscribe(channel, position)
-            except FrameError as error:
-                if needs_all:
-                    raise
-                self.send_queue.put_nowait(protocol.error(error.code, str(error), id=error.id, channel=error.channel))
+        begun = self._begin(command)
+        if begun is not None:
+            await begun
+        self._listen_as_asked(command, needs_all=needs_all)
         if needs_all:
             for refused in await asyncio.gather(*self._asking.values(), return_exceptions=True):
                 if refused is not None:
@@ -318,7 +390,7 @@ class Connection:
 
     def revoke(self, identity: str, subject: str, at: float) -> None:
         """Give up a channel, or `*`, everything, if what `identity` was given for it is no younger than `at`."""
-        self._revoked[subject] = max(at, self._revoked.get(subject, -math.inf))
+        self._revoked = {**self._revoked, subject: max(at, self._revoked.get(subject, -math.inf))}
         if subject != "*":
             subscription = self._subscriptions.get(Channel(subject))
             allowed = self._allowed.get(Channel(subject))
@@ -366,16 +438,17 @@ class Connection:
                 positions[channel] = _Own(_position(channel, text), True)
         return positions
 
-    async def _begin(self, connection: ConnectionId, resume: Resume | None, positions: dict[Channel, _Own]) -> bool:
-        """Take up the connection's own channels and say `connected`; False if the broker does not answer.
+    def _begin(self, command: protocol.Connect) -> "asyncio.Future[Any] | None":
+        """Take up the connection's own channels and say `connected`, now, or when what is returned is done.
 
         A new connection is told its id when the broker follows its channels, so that nothing sent to it can be
         missed. A resumed one is told at once: what it missed is read from history.
         """
-        hub, settings = self._shared.hub, self._shared.settings
+        hub, resume = self._shared.hub, self._token  # None if it was made before its user was disconnected
+        connection = resume.connection if resume is not None else ConnectionId(secrets.token_urlsafe(16))
         settled: list[asyncio.Future[bool]] = []
-        for channel, own in positions.items():
-            settled.append(self._loop.create_future())
+        for channel, own in self._own_positions(command, connection, resume).items():
+            settled.append(self._shared.loop.create_future())
             subscription = Subscription(
                 channel,
                 connection,
@@ -385,25 +458,36 @@ class Connection:
                 is_fresh=resume is None and channel == channel_of_connection(connection),
                 settled=settled[-1],
             )
-            self._own.append(subscription)
-        requests = Requests(self._shared.gate, connection, self.handshake, self.send_queue, self._own[0])
-        self._own[0].on_reply = requests.on_reply
-        self._requests = requests
-        if resume is None:
-            # What comes on the user's channel meanwhile goes out after `connected`.
-            self.send_queue.hold()
-            for subscription in self._own:
+            self._own += (subscription,)
+        if resume is not None:
+            self._welcome(connection, resume)
+            for subscription, followed in zip(self._own, settled, strict=True):
+                followed.add_done_callback(self._on_own_settled)
                 hub.subscribe(subscription)
-            if not all(await asyncio.gather(*settled)):
+            return None
+        # What comes on the user's channel meanwhile goes out after `connected`.
+        self.send_queue.hold()
+        for subscription in self._own:
+            hub.subscribe(subscription)
+        begun = settled[0] if len(settled) == 1 else asyncio.gather(*settled)
+
+        def go_on(_: object) -> None:
+            if not all(followed.result() for followed in settled):
                 self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
-                return False
-        if self.send_queue.closed is not None:
-            return False
+            if self.send_queue.closed is None:
+                self._welcome(connection, None)
+
+        begun.add_done_callback(go_on)
+        return begun
+
+    def _welcome(self, connection: ConnectionId, resume: Resume | None) -> None:
+        settings = self._shared.settings
         self.id = connection
-        hub.open(connection, self.send_queue)
+        self._shared.hub.open(connection, self.send_queue)
         if resume is not None:
             self._shared.control.claim(connection)
-        self._shared.lifecycle.begin(connection, self.user, self.transport, self.handshake)
+        if settings.lifecycle:
+            self._shared.lifecycle.begin(connection, self.user, self.transport, self.handshake)
         user_position = self._own[-1].position if len(self._own) > 1 else None
         token = sign_resume(
             self._shared.secret,
@@ -417,13 +501,32 @@ class Connection:
             expires=settings.resume_ttl,
         )
         self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
-        if resume is not None:
-            for subscription, followed in zip(self._own, settled, strict=True):
-                followed.add_done_callback(self._on_own_settled)
-                hub.subscribe(subscription)
-        self._timer.cancel()
         self._schedule()
-        return True
+
+    def _listen_as_asked(self, command: protocol.Connect, *, needs_all: bool = False) -> None:
+        if self.id is None or self.send_queue.closed is not None:
+            return
+        resume, self._token = self._token, None
+        for channel, position in command.channels.items():
+            if resume is not None and any(channel == own.channel for own in self._own):
+                continue
+            try:
+                if channel.startswith(USER_PREFIX) and resume is not None and self.user is None:
+                    # Whose it is the application says when it is asked again; until then it is nobody's.
+                    self._keep_user_position(channel, position)
+                else:
+                    self._subscribe(channel, position)
+            except FrameError as error:
+                if needs_all:
+                    raise
+                self._refuse(error)
+
+    def _open_requests(self) -> Requests:
+        if self._requests is None:
+            assert self.id is not None
+            self._requests = Requests(self._shared.gate, self.id, self.handshake, self.send_queue, self._own[0])
+            self._own[0].on_reply = self._requests.on_reply
+        return self._requests
 
     async def take_grant(self, grant: Grant, *, adds: bool = False) -> None:
         """Take a fresh grant instead of the present one, or, if it `adds`, beside it: what either allows is allowed,
@@ -468,7 +571,6 @@ class Connection:
                 self._allowed[channel] = _Allowed(True, grant.issued_at)
             elif subscription is not None and subscription.is_open:
                 self._end_subscription(subscription, ErrorCode.FORBIDDEN, "the fresh grant does not allow it")
-        self._timer.cancel()
         self._schedule()
 
     def _listen_to_user(self, user: str) -> None:
@@ -478,14 +580,14 @@ class Connection:
         """
         assert self.id is not None
         channel = channel_of_user(user)
-        followed: asyncio.Future[bool] = self._loop.create_future()
+        followed: asyncio.Future[bool] = self._shared.loop.create_future()
         followed.add_done_callback(self._on_own_settled)
         position = self._user_positions.get(channel)
         recalled = self._recall(channel)
         if position is None and recalled is not None:
             position = _position(channel, recalled)
         own = Subscription(channel, self.id, self.send_queue, position, settled=followed)
-        self._own.append(own)
+        self._own += (own,)
         self._shared.hub.subscribe(own)
         self._shared.lifecycle.begin(self.id, user, self.transport, self.handshake)
 
@@ -514,7 +616,7 @@ class Connection:
             self._listen(channel, position)
         elif self._shared.settings.authorize:
             task = asyncio.create_task(self._ask(channel, position))
-            self._asking[channel] = task
+            self._asking = {**self._asking, channel: task}
             task.add_done_callback(lambda _: self._forget_asking(channel, task))
         else:
             raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
@@ -559,9 +661,12 @@ class Connection:
 
     def _forget_asking(self, channel: Channel, task: "asyncio.Task[FrameError | None]") -> None:
         if self._asking.get(channel) is task:
-            del self._asking[channel]
+            self._drop_asking(channel)
         if not task.cancelled() and task.exception() is not None:
             log.error("asking about %s failed by a fault of the server", channel, exc_info=task.exception())
+
+    def _drop_asking(self, channel: Channel) -> None:
+        self._asking = {name: task for name, task in self._asking.items() if name != channel}
 
     async def _take_app_user(self, user: str, info: object, asked_at: float) -> None:
         """Be who the application says; from now on the user's own channel arrives too.
@@ -580,9 +685,7 @@ class Connection:
             self._listen_to_user(user)
 
     def _keep_user_position(self, channel: Channel | str, position_text: str | None) -> None:
-        self._user_positions.clear()
-        if position_text is not None:
-            self._user_positions[channel] = _position(channel, position_text)
+        self._user_positions = _NONE if position_text is None else {channel: _position(channel, position_text)}
 
     def _on_own_settled(self, followed: "asyncio.Future[bool]") -> None:
         """End a connection whose own channel the broker does not deliver: what is sent to it would be missed."""
@@ -602,8 +705,9 @@ class Connection:
             del self._allowed[channel]
 
     def _unsubscribe(self, name: str) -> None:
-        asking = self._asking.pop(Channel(name), None)
+        asking = self._asking.get(Channel(name))
         if asking is not None:
+            self._drop_asking(Channel(name))
             asking.cancel()
             self.send_queue.put_nowait(protocol.unsubscribed(name, "client", "as asked"))
             return
@@ -614,32 +718,34 @@ class Connection:
         self._shared.hub.unsubscribe(subscription)
         self.send_queue.put_nowait(protocol.unsubscribed(name, "client", "as asked"))
 
-    # Deadlines. One timer, set to whichever comes next.
+    # Deadlines. On the wheel is whichever comes next.
 
-    def _on_connect_timeout(self) -> None:
-        if self.id is None:
-            self.send_queue.close(CloseCode.CONNECT_TIMEOUT, "no connect frame came in time")
+    def _now(self) -> float:
+        return self._shared.loop.time()
 
     def _schedule(self) -> None:
-        settings, now = self._shared.settings, self._loop.time()
+        settings, now = self._shared.settings, self._now()
         if self._next_ping_at == math.inf:
             # Spread over the interval, so that connections made at once are not pinged at once.
             self._next_ping_at = now + random.uniform(0.5, 1.0) * settings.ping_interval
         next_at = min(self._next_ping_at, now + self._until_expiry())
         if self._unanswered_at is not None:
             next_at = min(next_at, self._unanswered_at + settings.ping_timeout)
-        self._timer = self._loop.call_at(next_at, self._on_timer)
+        self._shared.wheel.set(self, next_at)
 
     def _until_expiry(self) -> float:
         if self._grant is None:
             return math.inf
         if self._expiry_told_at is not None:
-            return self._expiry_told_at + self._shared.settings.grant_grace - self._loop.time()
+            return self._expiry_told_at + self._shared.settings.grant_grace - self._now()
         return min(self._grant.expires_at - time.time(), 3_600.0)
 
-    def _on_timer(self) -> None:
-        settings, now = self._shared.settings, self._loop.time()
+    def on_due(self) -> None:
+        settings, now = self._shared.settings, self._now()
         if self.send_queue.closed is not None:
+            return
+        if self.id is None:
+            self.send_queue.close(CloseCode.CONNECT_TIMEOUT, "no connect frame came in time")
             return
         if self._until_expiry() <= 0:
             if self._expiry_told_at is not None:
@@ -665,6 +771,21 @@ def grant_refused(error: GrantError) -> FrameError:
     """Say as an error frame that a grant is not good."""
     code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
     return FrameError(code, str(error))
+
+
+def _recall_nothing(_channel: str) -> None:
+    return None
+
+
+def _pack(handshake: Handshake) -> bytes:
+    """Return what is needed of a handshake later, in one object."""
+    headers = [item for item in handshake.headers if item[0] in FROM_HANDSHAKE]
+    return orjson.dumps((headers, handshake.scheme, handshake.address))
+
+
+def _unpack(packed: bytes) -> Handshake:
+    headers, scheme, address = orjson.loads(packed)
+    return Handshake(headers=tuple((name, value) for name, value in headers), scheme=scheme, address=address)
 
 
 def _position(channel: str, text: str) -> Position:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from pubsub_mw.errors import CloseCode
 
-__all__ = ["Batch", "SendQueue"]
+__all__ = ["Batch", "SendQueue", "websocket_frame"]
 
 
 class Batch:
@@ -46,17 +46,18 @@ class Batch:
         Source: RFC 6455 5.2. Made when first asked for.
         """
         if self._websocket is None:
-            self._websocket = b"".join([part for frame in self.frames for part in (_websocket_header(frame), frame)])
+            self._websocket = b"".join([websocket_frame(frame) for frame in self.frames])
         return self._websocket
 
 
-def _websocket_header(frame: bytes) -> bytes:
+def websocket_frame(frame: bytes) -> bytes:
+    """Return a frame as a server writes it to a WebSocket. Source: RFC 6455 5.2."""
     size = len(frame)
     if size < 126:
-        return bytes((0x81, size))
+        return b"\x81%c%b" % (size, frame)
     if size < 1 << 16:
-        return b"\x81\x7e" + size.to_bytes(2)
-    return b"\x81\x7f" + size.to_bytes(8)
+        return b"\x81\x7e" + size.to_bytes(2) + frame
+    return b"\x81\x7f" + size.to_bytes(8) + frame
 
 
 class SendQueue:
@@ -88,7 +89,7 @@ class SendQueue:
         self._total_bytes = 0
         self._is_held = False
         self._reader: asyncio.Future[None] | None = None
-        self._on_low: list[Callable[[], None]] = []
+        self._on_low: tuple[Callable[[], None], ...] = ()
         self._on_closed: Callable[[], object] | None = None
         self.closed: tuple[CloseCode, str] | None = None
         """Set once, to the close code and reason that end the connection."""
@@ -156,7 +157,7 @@ class SendQueue:
 
     def when_low(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when `is_low` becomes true or the queue closes."""
-        self._on_low.append(callback)
+        self._on_low += (callback,)
 
     @property
     def waiting_bytes(self) -> int:
@@ -193,6 +194,6 @@ class SendQueue:
             self._reader.set_result(None)
 
     def _tell_low(self) -> None:
-        callbacks, self._on_low = self._on_low, []
+        callbacks, self._on_low = self._on_low, ()
         for callback in callbacks:
             callback()

@@ -39,7 +39,7 @@ from pubsub_mw.realtime.http import (
     read_resume,
     read_wanted,
 )
-from pubsub_mw.realtime.websocket import CLOSE_SECONDS, retry_after
+from pubsub_mw.realtime.socket import CLOSE_SECONDS, retry_after
 
 __all__ = ["refuse_events", "serve_events"]
 
@@ -158,7 +158,7 @@ async def serve_events(scope: Scope, receive: Receive, send: Send, shared: Share
     connection = Connection(shared, handshake, "sse")
     loop = asyncio.get_running_loop()
     reader = asyncio.create_task(_until_gone(receive))
-    writer = asyncio.create_task(_stream(scope, send, shared, connection))
+    writer = asyncio.create_task(_stream(scope, send, shared, connection, handshake))
     # A client that does not read keeps the writer waiting, also with the farewell.
     connection.send_queue.when_closed(lambda: loop.call_later(CLOSE_SECONDS, writer.cancel))
     try:
@@ -177,11 +177,11 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connection) -> None:
+async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connection, handshake: Handshake) -> None:
     query = read_query(scope, shared.settings.max_channels)
     is_plain = query.get("frames", [""])[-1] != "1"
-    resume = read_resume(shared, bearer(connection.handshake)) or await _redeemed(shared, query.get("ticket", []))
-    wanted = read_wanted(query, connection.handshake, resume)
+    resume = read_resume(shared, bearer(handshake)) or await _redeemed(shared, query.get("ticket", []))
+    wanted = read_wanted(query, handshake, resume)
     await _connect(connection, wanted, resume, needs_all=is_plain)
     assert connection.id is not None
     form: _Form = (_Plain if is_plain else _Framed)(wanted.cursor, channel_of_connection(connection.id))

@@ -2,7 +2,8 @@
 
 In:     text frames from the client; the connection's send queue
 Out:    the same, the other way round; at the end a `disconnect` frame and the close code
-Owns:   the socket's two directions: a task that writes, and the endpoint itself, which reads
+Owns:   the choice: the connection on the transport itself, where the server gives it away, or else on ASGI's `receive`
+        and `send`, by a task that writes, and the endpoint itself, which reads
 Never:  looks into a frame; lets a stuck client keep the server's tasks (closing has a bound)
 
 Source: ASGI spec, "WebSocket"; RFC 6455.
@@ -10,32 +11,24 @@ Source: ASGI spec, "WebSocket"; RFC 6455.
 
 import asyncio
 import logging
-import random
+from collections.abc import Callable
 
 from starlette.responses import PlainTextResponse
+from starlette.types import Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pubsub_mw import protocol
 from pubsub_mw.errors import CloseCode, ErrorCode
 from pubsub_mw.model import Handshake
 from pubsub_mw.realtime.connection import Connection, Shared
 from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.socket import CLOSE_SECONDS, farewell
 
-__all__ = ["CLOSE_SECONDS", "deny", "retry_after", "serve_websocket"]
+__all__ = ["deny", "serve_websocket", "take_over"]
 
 log = logging.getLogger("pubsub_mw")
 
-CLOSE_SECONDS = 3.0
-"""For the last frames and the close to go out; a client that does not read is left after that."""
-
-_RETRY_SECONDS = {CloseCode.SHUTDOWN: 2.0, CloseCode.BROKER_UNAVAILABLE: 5.0, CloseCode.SERVER_ERROR: 5.0}
-"""Upper end of the time after which a client is asked to come back; drawn anew for each, so that they do not come
-all at once. Others may come back at once."""
-
-
-def retry_after(code: CloseCode) -> float:
-    """Return after how many seconds a client is asked to come back."""
-    return random.uniform(0, _RETRY_SECONDS.get(code, 0.0))
+_EXTENSION = "pubsub_mw.websocket"
+"""Where a server offers its connection; see `uvicorn_protocol`, which need not be there."""
 
 
 async def deny(websocket: WebSocket, status: int, reason: str) -> None:
@@ -44,6 +37,19 @@ async def deny(websocket: WebSocket, status: int, reason: str) -> None:
         await websocket.send_denial_response(PlainTextResponse(reason + "\n", status))
     else:
         await websocket.close(1008, reason)
+
+
+def take_over(scope: Scope, shared: Shared, handshake: Handshake, on_end: Callable[[], None] | None) -> bool:
+    """Serve an admitted client on its transport, where the server gives that away; False = it does not.
+
+    `on_end` is called when the client is gone.
+    """
+    offer = scope.get("extensions", {}).get(_EXTENSION)
+    socket = offer["take_over"](shared.sockets) if offer is not None else None
+    if socket is None:
+        return False
+    socket.serve(Connection(shared, handshake, send_queue=socket), on_end)
+    return True
 
 
 async def serve_websocket(websocket: WebSocket, shared: Shared, handshake: Handshake) -> None:
@@ -98,7 +104,7 @@ async def _write(websocket: WebSocket, queue: SendQueue) -> None:
         code, reason = queue.closed
         # SLOW: what waits will not be read, and recovery brings it. Otherwise errors and answers still go out.
         last = [] if code is CloseCode.SLOW else queue.take_nowait()
-        last.append(protocol.disconnect(code, reason, retry_after(code)))
+        last.append(farewell(code, reason))
         for frame in last:
             await websocket.send({"type": "websocket.send", "text": frame.decode()})
         await websocket.close(code, reason)

@@ -1,0 +1,335 @@
+"""What RFC 6455 asks of a server, byte by byte, and what a socket on its transport costs and leaves behind."""
+
+import asyncio
+import gc
+import json
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from websockets.frames import Close, Frame, Opcode
+
+from pubsub_mw.errors import CloseCode
+from pubsub_mw.publisher import AsyncPublisher
+from pubsub_mw.realtime.socket import Socket
+from tests.realtime.conftest import OURS, SECRET, Site
+from tests.tools.clock import MS, eventually_async
+
+pytestmark = pytest.mark.anyio
+
+Serve = Callable[..., Awaitable[Site]]
+
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+CONNECT = b'{"type":"connect","channels":{"room":null}}'
+TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT, Opcode.CLOSE, Opcode.PING, Opcode.PONG
+
+
+def frame(
+    opcode: int, data: bytes, *, fin: bool = True, rsv: int = 0, masked: bool = True, wide: bool = False
+) -> bytes:
+    """A frame as a client sends it, or should not."""
+    size = len(data)
+    if wide:
+        length = bytes([127 | 0x80 * masked]) + struct.pack("!Q", size)
+    elif size < 126:
+        length = bytes([size | 0x80 * masked])
+    elif size < 65_536:
+        length = bytes([126 | 0x80 * masked]) + struct.pack("!H", size)
+    else:
+        length = bytes([127 | 0x80 * masked]) + struct.pack("!Q", size)
+    mask = os.urandom(4)
+    body = mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)) if masked else data
+    return bytes([0x80 * fin | rsv << 4 | opcode]) + length + body
+
+
+class Peer:
+    """The other end of the TCP connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    def send(self, *parts: bytes) -> None:
+        self.writer.write(b"".join(parts))
+
+    async def recv(self) -> tuple[int, bytes]:
+        async with asyncio.timeout(5_000 * MS):
+            first, length = await self.reader.readexactly(2)
+            assert first & 0x70 == 0
+            assert length < 128, "a server's frames are not masked"
+            if length == 126:
+                (length,) = struct.unpack("!H", await self.reader.readexactly(2))
+            elif length == 127:
+                (length,) = struct.unpack("!Q", await self.reader.readexactly(8))
+            assert first & 0x80, "a server's messages are one frame each"
+            return first & 15, await self.reader.readexactly(length)
+
+    async def recv_json(self, kind: str) -> dict[str, Any]:
+        """The next frame of this kind; pings and what comes before are passed over."""
+        while True:
+            opcode, data = await self.recv()
+            assert opcode == TEXT, (opcode, data)
+            found: dict[str, Any] = json.loads(data)
+            if found["type"] == kind:
+                return found
+
+    async def recv_close(self) -> tuple[int, str]:
+        """The code and reason of the close frame; then the server ends its side."""
+        while True:
+            opcode, data = await self.recv()
+            if opcode == CLOSE:
+                close = Close.parse(data)
+                async with asyncio.timeout(5_000 * MS):
+                    assert await self.reader.read() == b""
+                return int(close.code), close.reason
+
+    async def echoes(self) -> None:
+        """The connection goes on: the server answers."""
+        self.send(frame(TEXT, b'{"type":"subscribe","channel":"a b"}'))
+        assert (await self.recv_json("error"))["code"] == "bad_channel"
+
+
+@pytest.fixture
+def websocket_class() -> str:
+    return OURS
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[[Site], Awaitable[Peer]]]:
+    """Open a WebSocket by hand: `await connect(site)`; `connected` was received."""
+    peers: list[Peer] = []
+
+    async def open_peer(site: Site, *, says_connect: bool = True) -> Peer:
+        peer = Peer(*await asyncio.open_connection("127.0.0.1", site.port))
+        peers.append(peer)
+        peer.send(HANDSHAKE)
+        head = await peer.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 101 ")
+        assert b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head  # RFC 6455 1.3
+        if says_connect:
+            peer.send(frame(TEXT, CONNECT))
+            await peer.recv_json("subscribed")
+        return peer
+
+    yield open_peer
+    for peer in peers:
+        peer.writer.close()
+
+
+Connect = Callable[..., Awaitable[Peer]]
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        pytest.param(frame(TEXT, b"{}", masked=False), 1002, id="not masked"),
+        pytest.param(frame(TEXT, b"{}", rsv=4), 1002, id="compressed without leave"),
+        pytest.param(frame(TEXT, b"{}", rsv=2), 1002, id="second reserved bit"),
+        pytest.param(frame(TEXT, b"{}", rsv=1), 1002, id="third reserved bit"),
+        pytest.param(frame(3, b""), 1002, id="reserved data opcode"),
+        pytest.param(frame(11, b""), 1002, id="reserved control opcode"),
+        pytest.param(frame(CONT, b"x"), 1002, id="continuation of nothing"),
+        pytest.param(frame(TEXT, b"a", fin=False) + frame(TEXT, b"b"), 1002, id="message within a message"),
+        pytest.param(frame(PING, b"x" * 126), 1002, id="long ping"),
+        pytest.param(frame(PING, b"x", fin=False), 1002, id="ping in parts"),
+        pytest.param(frame(CLOSE, b"x"), 1002, id="close of one byte"),
+        pytest.param(frame(CLOSE, struct.pack("!H", 1005)), 1002, id="close code that is never sent"),
+        pytest.param(frame(CLOSE, struct.pack("!H", 1000) + b"\xff"), 1007, id="close reason that is no UTF-8"),
+        pytest.param(frame(TEXT, b"\xff\xfe"), 1007, id="text that is no UTF-8"),
+        pytest.param(frame(TEXT, b"\xed\xa0\x80"), 1007, id="a surrogate"),
+        pytest.param(
+            frame(TEXT, "ä".encode()[:1], fin=False) + frame(CONT, b"x"), 1007, id="a character broken between parts"
+        ),
+        pytest.param(frame(TEXT, b"x" * 70_000), 1009, id="too large"),
+        pytest.param(bytes([0x81, 0xFF]) + struct.pack("!Q", 1 << 62), 1009, id="too large by its header alone"),
+        pytest.param(
+            b"".join(frame(TEXT if i == 0 else CONT, b"x" * 10_000, fin=False) for i in range(8)),
+            1009,
+            id="too large in parts without end",
+        ),
+    ],
+)
+async def test_what_the_protocol_forbids_ends_the_connection_with_its_code(
+    serve_realtime: Serve, connect: Connect, publisher: AsyncPublisher, sent: bytes, code: int
+) -> None:
+    site = await serve_realtime(max_frame_bytes=65_536)
+    peer, other = await connect(site), await connect(site)
+    peer.send(sent)
+    found, _ = await peer.recv_close()
+    assert found == code
+    await eventually_async(lambda: _hub(site).connection_count == 1)
+    await publisher.publish("room", 1)
+    await other.recv_json("message")
+    await eventually_async(lambda: len(_sockets(site)) == 1)
+
+
+@pytest.fixture
+def publisher(prefix: str) -> AsyncPublisher:
+    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
+
+
+def _hub(site: Site) -> Any:
+    return site.app._running.hub
+
+
+def _sockets(site: Site) -> list[Socket]:
+    return [peer for peer in site.server.server_state.connections if isinstance(peer, Socket)]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+async def test_frames_cut_anywhere_are_the_same_frames(serve_realtime: Serve, connect: Connect, step: int) -> None:
+    site = await serve_realtime()
+    peer = await connect(site)
+    text = b'{"type":"subscribe","channel":"\xc3\xa4"}'
+    sent = b"".join(
+        [
+            frame(TEXT, text[:33], fin=False),
+            frame(PING, b"between"),
+            frame(CONT, b"", fin=False),
+            frame(CONT, text[33:-1], fin=False),
+            frame(PONG, b"unasked"),
+            frame(CONT, text[-1:]),
+            frame(TEXT, b'{"type":"subscribe","channel":"room"}'),
+            frame(TEXT, b"[" + b" " * 200 + b"]"),
+            frame(PING, b"x" * 125),
+        ]
+    )
+    for start in range(0, len(sent), step):
+        peer.send(sent[start : start + step])
+        await peer.writer.drain()
+        if start % 5 == 0:
+            await asyncio.sleep(0)
+    answers: list[str] = []
+    pongs: list[bytes] = []
+    while len(answers) < 3 or len(pongs) < 2:
+        opcode, data = await peer.recv()
+        if opcode == PONG:
+            pongs.append(data)
+        elif (found := json.loads(data))["type"] == "error":
+            answers.append(found["code"])
+    assert answers == ["bad_channel", "already_subscribed", "bad_frame"]
+    assert pongs == [b"between", b"x" * 125]
+
+
+async def test_many_who_stop_in_the_middle_of_a_frame_do_not_mix(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    peers = [await connect(site) for _ in range(8)]
+    texts = [frame(TEXT, json.dumps({"type": "subscribe", "channel": f"bad channel {i}"}).encode()) for i in range(8)]
+    for cut in (1, 2, 3, 6, 20):
+        for peer, sent in zip(peers, texts, strict=True):
+            peer.send(sent[:cut])
+        await asyncio.sleep(20 * MS)
+        for peer, sent in reversed(list(zip(peers, texts, strict=True))):
+            peer.send(sent[cut:])
+        for index, peer in enumerate(peers):
+            assert (await peer.recv_json("error"))["channel"] == f"bad channel {index}"
+
+
+async def test_a_length_in_more_bytes_than_needed_is_read_all_the_same(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    peer, other = await connect(site), await connect(site)
+    for _ in range(3):
+        peer.send(frame(TEXT, b'{"type":"subscribe","channel":"a b"}', wide=True))
+        assert (await peer.recv_json("error"))["code"] == "bad_channel"
+        await other.echoes()
+    await peer.echoes()
+
+
+async def test_frames_without_content_cost_nothing_however_many(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    peer = await connect(site)
+    peer.send(frame(TEXT, b"", fin=False), *[frame(CONT, b"", fin=False) for _ in range(20_000)], frame(CONT, b"{}"))
+    assert (await peer.recv_json("error"))["code"] == "bad_frame"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(struct.pack("!H", 1000) + b"bye", (1000, "bye"), id="with a reason"),
+        pytest.param(struct.pack("!H", 4321), (4321, ""), id="with a code of the application"),
+        pytest.param(b"", (1005, ""), id="with nothing"),
+    ],
+)
+async def test_a_close_is_answered_alike_and_nothing_is_left(
+    serve_realtime: Serve, connect: Connect, data: bytes, expected: tuple[int, str]
+) -> None:
+    site = await serve_realtime()
+    peer = await connect(site)
+    peer.send(frame(TEXT, b'{"type":"subscribe","channel":"a b"}'), frame(CLOSE, data))
+    assert (await peer.recv_json("error"))["code"] == "bad_channel"
+    assert await peer.recv_close() == expected
+    await eventually_async(lambda: _hub(site).connection_count == _hub(site).channel_count == 0)
+    assert not site.server.server_state.connections
+
+
+async def test_who_ends_only_its_sending_side_is_gone(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    peer = await connect(site)
+    peer.writer.write_eof()
+    async with asyncio.timeout(5_000 * MS):
+        await peer.reader.read()
+    await eventually_async(lambda: _hub(site).connection_count == 0)
+
+
+async def test_frames_are_taken_in_order_while_one_takes_its_time(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    peer = await connect(site, says_connect=False)
+    # The connect waits for the broker; what comes behind it in one piece must not overtake it, nor get lost.
+    subscribes = [frame(TEXT, json.dumps({"type": "subscribe", "channel": f"c{i}"}).encode()) for i in range(50)]
+    peer.send(frame(TEXT, CONNECT), *subscribes[:25])
+    await asyncio.sleep(0)
+    peer.send(*subscribes[25:])
+    assert (await peer.recv_json("connected"))["connection"]
+    found = [(await peer.recv_json("subscribed"))["channel"] for _ in range(51)]
+    assert set(found) == {"room", *(f"c{i}" for i in range(50))}
+
+
+async def test_who_does_not_answer_a_close_is_cut_off(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime(connect_timeout=50 * MS)
+    peer = await connect(site, says_connect=False)
+    assert (await peer.recv_json("disconnect"))["code"] == CloseCode.CONNECT_TIMEOUT
+    opcode, data = await peer.recv()
+    assert (opcode, Close.parse(data).code) == (CLOSE, CloseCode.CONNECT_TIMEOUT)
+    with pytest.raises(ConnectionResetError):
+        await peer.reader.read()
+    assert not site.server.server_state.connections
+
+
+async def test_a_server_that_stops_without_a_drain_says_so(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    peer = await connect(site)
+    site.server.should_exit = True
+    code, _ = await peer.recv_close()
+    assert code == CloseCode.SHUTDOWN
+
+
+async def test_an_idle_connection_keeps_neither_parser_nor_task(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    await connect(site)
+    tasks = len(asyncio.all_tasks())
+    for _ in range(10):
+        await (await connect(site)).echoes()
+    assert len(_sockets(site)) == 11
+    assert all(item._parser is None and item._frames_left is None for item in _sockets(site))
+    assert len(asyncio.all_tasks()) == tasks
+    names = [type(item).__name__ for item in gc.get_objects()]
+    assert not {"RequestResponseCycle", "_Ordinary"} & set(names)
+
+
+async def test_the_kernel_gives_up_a_dead_client(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    await connect(site)
+    (found,) = _sockets(site)
+    raw = found._transport.get_extra_info("socket")
+    assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+
+
+def test_frame_here_and_in_the_library_are_the_same() -> None:
+    for size in (0, 5, 125, 126, 65_535, 65_536):
+        ours = frame(TEXT, b"x" * size, masked=False)
+        assert ours == Frame(TEXT, b"x" * size).serialize(mask=False)

@@ -1,0 +1,263 @@
+"""uvicorn with our WebSocket class: every app works under it as under uvicorn's own, and ours gets the transport."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Subprotocol
+
+from pubsub_mw.realtime import Realtime
+from pubsub_mw.realtime import uvicorn_protocol as module
+from pubsub_mw.realtime.socket import Socket
+from tests.realtime.conftest import OURS, SECRET, Site
+from tests.tools.clock import MS, eventually_async
+from tests.tools.raw_client import RawClient
+
+pytestmark = pytest.mark.anyio
+
+ServeApp = Callable[..., Awaitable[Site]]
+Open = Callable[..., Awaitable[RawClient]]
+
+seen: list[Any] = []
+
+
+async def echo(websocket: WebSocket) -> None:
+    await websocket.accept(subprotocol=next(iter(websocket.scope["subprotocols"]), None), headers=[(b"x-a", b"1")])
+    try:
+        while True:
+            message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                seen.append((message["code"], message.get("reason")))
+                return
+            if message.get("text") == "close":
+                await websocket.close(4321, "enough")
+                return
+            if message.get("text") == "fail":
+                raise LookupError("on purpose")
+            await websocket.send({**message, "type": "websocket.send"})
+    except WebSocketDisconnect:
+        pass
+
+
+async def refuse(websocket: WebSocket) -> None:
+    await websocket.close()
+
+
+async def deny(websocket: WebSocket) -> None:
+    await websocket.send_denial_response(PlainTextResponse("not today", 418, {"x-why": "tea"}))
+
+
+async def fail(_websocket: WebSocket) -> None:
+    raise LookupError("on purpose")
+
+
+async def say_nothing(_websocket: WebSocket) -> None:
+    pass
+
+
+async def look(websocket: WebSocket) -> None:
+    """Send back what the scope says."""
+    await websocket.accept()
+    scope = websocket.scope
+    headers = [[name.decode(), value.decode("latin-1")] for name, value in scope["headers"]]
+    names = ("path", "root_path", "scheme", "http_version", "subprotocols")
+    found = {"headers": headers, "query": scope["query_string"].decode(), **{name: scope[name] for name in names}}
+    found["raw_path"] = scope["raw_path"].decode()
+    await websocket.send_json(found)
+    await websocket.close()
+
+
+@pytest.fixture
+async def app(prefix: str) -> Any:
+    realtime = await asyncio.to_thread(Realtime, "memory://", prefix=prefix, secret=SECRET, origins="*")
+    endpoints = (echo, refuse, deny, fail, say_nothing, look)
+    routes: list[Any] = [WebSocketRoute(f"/{endpoint.__name__}", endpoint) for endpoint in endpoints]
+    return Starlette(routes=[*routes, WebSocketRoute("/ä/look", look), Mount("/realtime", realtime)])
+
+
+async def test_an_app_echoes_text_and_bytes_with_its_subprotocol_and_headers(serve_app: ServeApp, app: Any) -> None:
+    site = await serve_app(app)
+    url = site.ws_url + "/echo"
+    async with connect(url, subprotocols=[Subprotocol("chat.v2"), Subprotocol("chat")], proxy=None) as client:
+        assert client.subprotocol == "chat.v2"
+        assert client.response is not None
+        assert client.response.headers["x-a"] == "1"
+        for message in ("text", "", "ä" * 70_000, b"bytes", b"", b"\xff" * 70_000):
+            await client.send(message)
+            assert await client.recv() == message
+        await client.send(iter(["in ", "parts"]))
+        assert await client.recv() == "in parts"
+        await (await client.ping(b"hello"))
+
+
+async def test_compression_is_spoken_where_it_is_on(serve_app: ServeApp, app: Any) -> None:
+    site = await serve_app(app, ws_per_message_deflate=True)
+    async with connect(site.ws_url + "/echo", proxy=None) as client:
+        assert [extension.name for extension in client.protocol.extensions] == ["permessage-deflate"]
+        await client.send("x" * 10_000)
+        assert await client.recv() == "x" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        pytest.param("close", (4321, "enough"), id="the app closes"),
+        pytest.param("fail", (1006, ""), id="the app fails"),
+    ],
+)
+async def test_an_app_ends_its_connection(
+    serve_app: ServeApp, app: Any, message: str, expected: tuple[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "uvicorn.error")
+    site = await serve_app(app)
+    async with connect(site.ws_url + "/echo", proxy=None) as client:
+        await client.send(message)
+        with pytest.raises(ConnectionClosed):
+            await client.recv()
+        assert (client.close_code, client.close_reason) == expected
+    await eventually_async(lambda: not site.server.server_state.connections)
+
+
+async def test_an_app_is_told_how_its_client_went(serve_app: ServeApp, app: Any) -> None:
+    seen.clear()
+    site = await serve_app(app)
+    async with connect(site.ws_url + "/echo", proxy=None) as client:
+        await client.close(3210, "bye")
+    async with connect(site.ws_url + "/echo", proxy=None) as client:
+        client.transport.abort()
+    await eventually_async(lambda: len(seen) == 2)
+    assert seen[0] == (3210, "bye")
+    assert seen[1][0] in (1005, 1006)
+    await eventually_async(lambda: not site.server.server_state.tasks)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        pytest.param("/refuse", 403, b"", id="refused"),
+        pytest.param("/deny", 418, b"not today", id="denied with a response"),
+        pytest.param("/fail", 500, b"Internal Server Error", id="failed"),
+        pytest.param("/say_nothing", 500, b"Internal Server Error", id="returned without a word"),
+        pytest.param("/nowhere", 403, b"", id="no route"),
+    ],
+)
+async def test_an_app_refuses_a_handshake(
+    serve_app: ServeApp, app: Any, path: str, status: int, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "uvicorn.error")
+    site = await serve_app(app)
+    with pytest.raises(InvalidStatus) as refusal:
+        await connect(site.ws_url + path, proxy=None)
+    response = refusal.value.response
+    assert (response.status_code, bytes(response.body or b"").strip()) == (status, body)
+    if path == "/deny":
+        assert response.headers["x-why"] == "tea"
+    await eventually_async(lambda: not site.server.server_state.connections | site.server.server_state.tasks)
+
+
+async def test_the_scope_is_the_one_that_uvicorn_makes(serve_app: ServeApp, app: Any, websocket_class: str) -> None:
+    found = []
+    for ws in (websocket_class, "websockets-sansio"):
+        site = await serve_app(app, ws=ws, root_path="/root")
+        headers = [("X-Name", "caf\xe9"), ("x-empty", ""), ("cookie", "a=b"), ("cookie", "c=d")]
+        async with connect(
+            f"{site.ws_url}/%C3%A4/look?x=%20&y",
+            additional_headers=headers,
+            subprotocols=[Subprotocol("a"), Subprotocol("b")],
+            proxy=None,
+        ) as client:
+            scope = json.loads(await client.recv())
+        scope["headers"] = [item for item in scope["headers"] if item[0] not in ("host", "sec-websocket-key")]
+        found.append(scope)
+    assert found[0] == found[1]
+    assert ["x-empty", ""] in found[0]["headers"]
+    assert found[0]["subprotocols"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        pytest.param((b"Version: 13", b"Version: 12"), b"400", id="version"),
+        pytest.param((b"Sec-WebSocket-Version: 13\r\n", b""), b"400", id="no version"),
+        pytest.param((b"dGhlIHNhbXBsZSBub25jZQ==", b"dGhlIHNhbXBsZSBub25j"), b"400", id="short key"),
+        pytest.param((b"dGhlIHNhbXBsZSBub25jZQ==", b"!"), b"400", id="no base64"),
+        pytest.param((b"Host", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nHost"), b"400", id="two keys"),
+        pytest.param((b"Host", b"Sec-WebSocket-Version: 13\r\nHost"), b"400", id="two versions"),
+        pytest.param((b"GET", b"POST"), b"405", id="POST"),
+    ],
+)
+async def test_a_handshake_that_is_none_is_refused(
+    serve_app: ServeApp, app: Any, change: tuple[bytes, bytes], status: bytes
+) -> None:
+    site = await serve_app(app)
+    request = (
+        b"GET /echo HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(request.replace(*change))
+    assert (await reader.readline())[9:12] == status
+    writer.close()
+    await eventually_async(lambda: not site.server.server_state.connections)
+
+
+async def test_ours_gets_the_transport_and_apps_beside_it_do_not(
+    serve_app: ServeApp, app: Any, raw_client: Open, websocket_class: str
+) -> None:
+    site = await serve_app(app)
+    await (await raw_client(site.ws_url + "/realtime/")).hello()
+    async with connect(site.ws_url + "/echo", proxy=None) as client:
+        await client.send("x")
+        await client.recv()
+        sockets = [peer for peer in site.server.server_state.connections if isinstance(peer, Socket)]
+        assert len(sockets) == (1 if websocket_class == OURS else 0)
+        assert len(site.server.server_state.connections) == 2
+
+
+async def test_no_query_string_is_logged(
+    serve_app: ServeApp, app: Any, raw_client: Open, caplog: pytest.LogCaptureFixture, websocket_class: str
+) -> None:
+    if websocket_class != OURS:
+        return  # uvicorn's own class logs it
+    caplog.set_level(logging.INFO, "uvicorn")
+    site = await serve_app(app)
+    await (await raw_client(site.ws_url + "/realtime/?ticket=canary")).hello()
+    async with connect(site.ws_url + "/look?ticket=canary", proxy=None) as client:
+        assert "canary" in str(await client.recv()), "the app sees it"
+    for path in ("/refuse", "/deny"):
+        with pytest.raises(InvalidStatus):
+            await connect(site.ws_url + path + "?ticket=canary", proxy=None)
+    assert "/look" in caplog.text
+    assert "canary" not in caplog.text
+
+
+async def test_a_head_that_comes_too_slowly_is_cut_off(
+    serve_app: ServeApp, app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_HEAD_SECONDS", 200 * MS)
+    site = await serve_app(app, http="pubsub_mw.realtime.uvicorn_protocol:HTTPProtocol")
+    silent = await asyncio.open_connection("127.0.0.1", site.port)
+    slow = await asyncio.open_connection("127.0.0.1", site.port)
+    again = await asyncio.open_connection("127.0.0.1", site.port)
+    again[1].write(b"GET /realtime/health HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (await again[0].readline()).startswith(b"HTTP/1.1 ")
+    again[1].write(b"GET /")
+    for byte in b"GET /realtime/ HTTP/1.1\r\nHost: a":
+        slow[1].write(bytes([byte]))
+        await asyncio.sleep(10 * MS)
+    for reader, writer in (silent, slow, again):
+        with contextlib.suppress(ConnectionError):  # an end or a reset
+            async with asyncio.timeout(2_000 * MS):
+                await reader.read()
+        writer.close()
+    await eventually_async(lambda: not site.server.server_state.connections)
