@@ -18,7 +18,7 @@ from tests.tools.redis_server import RedisServer
 
 from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, drive, hold
 from benchmarks.scenarios import resident_bytes, wait_until_quiet
-from benchmarks.servers import OTHERS, ours
+from benchmarks.servers import ALONE, ours, take_core
 from pubsub_mw import Publisher
 
 __all__ = ["main"]
@@ -34,10 +34,9 @@ def main() -> None:
         prog="python -m benchmarks.constants", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--connections", type=int, default=5_000)
-    parser.add_argument("--nice", type=int, default=0, help="priority of all that is started; below 0 as root alone")
+    parser.add_argument("--alone", action="store_true", help=ALONE)
     options = parser.parse_args()
-    os.nice(options.nice)
-    os.sched_setaffinity(0, {OTHERS})
+    take_core(options.alone)
     constants = of_connections(options.connections) | of_publications() | of_deliveries()
     BUILD.mkdir(exist_ok=True)
     (BUILD / "constants.json").write_text(json.dumps(constants, indent=1))

@@ -8,7 +8,6 @@ most; longer curves are for machines with a higher limit.
 
 import argparse
 import json
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, Wrong, drive
 from benchmarks.run import servers
 from benchmarks.scenarios import wait_until_quiet
-from benchmarks.servers import MEASURED, OTHERS, ours
+from benchmarks.servers import ALONE, MEASURED, ours, take_core
 
 __all__ = ["CURVES", "Curve", "main"]
 
@@ -47,10 +46,9 @@ def main() -> None:
     parser.add_argument("--curves", nargs="+", choices=[*CURVES, "processes"], default=[*CURVES, "processes"])
     parser.add_argument("--servers", nargs="+", choices=sorted(servers()), default=["pubsub-mw", "C"])
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
-    parser.add_argument("--nice", type=int, default=0, help="priority of all that is started; below 0 as root alone")
+    parser.add_argument("--alone", action="store_true", help=ALONE)
     options = parser.parse_args()
-    os.nice(options.nice)
-    os.sched_setaffinity(0, {OTHERS})
+    take_core(options.alone)
     known: dict[str, Callable[[], AbstractContextManager[Server]]] = dict(servers())
     for name in options.curves:
         for server in options.servers:

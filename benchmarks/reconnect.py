@@ -9,7 +9,6 @@ Counted in Redis: the reads of history (`XRANGE`) and all script calls.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, drive
 from benchmarks.scenarios import wait_until_quiet
-from benchmarks.servers import OTHERS, commands_of, ours, publisher_of
+from benchmarks.servers import ALONE, commands_of, ours, publisher_of, take_core
 from pubsub_mw import Publisher
 
 __all__ = ["main"]
@@ -39,10 +38,9 @@ def main() -> None:
     parser.add_argument("--missed", type=int, default=10, help="publications that each channel had meanwhile")
     parser.add_argument("--window", type=int, default=1_000, help="handshakes under way at once")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--nice", type=int, default=0, help="priority of all that is started; below 0 as root alone")
+    parser.add_argument("--alone", action="store_true", help=ALONE)
     options = parser.parse_args()
-    os.nice(options.nice)
-    os.sched_setaffinity(0, {OTHERS})
+    take_core(options.alone)
     rows = []
     with ours() as server:
         channels = Channels(server, options.channels)

@@ -9,7 +9,6 @@ generator, which also publishes, and Redis have the other.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from benchmarks.loadgen import BUILD, Server, Wrong
 from benchmarks.peers import PEERS, Missing, install
 from benchmarks.scenarios import SCENARIOS
-from benchmarks.servers import OTHERS, ours, reference
+from benchmarks.servers import ALONE, ours, reference, take_core
 
 __all__ = ["main"]
 
@@ -47,19 +46,18 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
-    parser.add_argument("--nice", type=int, default=0, help="priority of all that is started; below 0 as root alone")
+    parser.add_argument("--alone", action="store_true", help=ALONE)
     parser.add_argument("--command", default="", help="that starts pubsub-mw, with {port}; default: pubsub-mw realtime")
     options = parser.parse_args()
     if set(options.servers) & set(PEERS):
         install()
-    os.nice(options.nice)
-    os.sched_setaffinity(0, {OTHERS})
+    take_core(options.alone)
     known = servers(options.command)
     rows: list[dict[str, Any]] = []
     for _ in range(options.rounds):
         for name in options.servers:
             try:
-                rows += compare(name, known[name], options.scenarios, options.seconds)
+                rows += compare(name, known[name], options.scenarios, options.seconds, options.alone)
             except Missing as error:
                 print(f"{name} is not measured: {error}", file=sys.stderr)
     print()
@@ -68,7 +66,7 @@ def main() -> None:
             summarise(name, scenario, [row for row in rows if (row["server"], row["scenario"]) == (name, scenario)])
 
 
-def compare(name: str, start: Start, scenarios: list[str], seconds: float) -> list[dict[str, Any]]:
+def compare(name: str, start: Start, scenarios: list[str], seconds: float, is_alone: bool) -> list[dict[str, Any]]:
     """Measure the reference and a server, scenario by scenario, with both started anew."""
     found = []
     with reference() as measure, start() as server:
@@ -82,7 +80,10 @@ def compare(name: str, start: Start, scenarios: list[str], seconds: float) -> li
                 except Wrong as error:
                     row["wrong"] = str(error)
                     break
-                if max(row[part].get("others_share", 0.0) for part in ("reference", "result")) < _MOST_OTHERS:
+                if (
+                    is_alone
+                    or max(row[part].get("others_share", 0.0) for part in ("reference", "result")) < _MOST_OTHERS
+                ):
                     break
                 row["disturbed"] = True
             found.append(row)
