@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import redis
-from tests.tools.redis_server import RedisServer
 
 from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, drive, hold
 from benchmarks.scenarios import resident_bytes, wait_until_quiet
 from benchmarks.servers import ALONE, ours, take_core
 from pubsub_mw import Publisher
+from tests.tools.redis_server import RedisServer
 
 __all__ = ["main"]
 

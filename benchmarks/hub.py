@@ -18,8 +18,6 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
-from tests.tools.redis_server import RedisServer
-
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.drafts import build_draft
 from pubsub_mw.model import Channel, ConnectionId, Position, channel_of_connection
@@ -28,6 +26,7 @@ from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import Batch, SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
+from tests.tools.redis_server import RedisServer
 
 _DATA = {"text": "x" * 100}
 _SCENARIOS = {

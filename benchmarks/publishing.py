@@ -15,11 +15,11 @@ from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import redis
-from tests.tools.redis_server import RedisServer
 
 from benchmarks.loadgen import BUILD, PAYLOAD_BYTES
 from benchmarks.servers import MEASURED, OTHERS
 from pubsub_mw import Publisher, PubSub
+from tests.tools.redis_server import RedisServer
 
 __all__ = ["main"]
 

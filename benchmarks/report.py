@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.curves import CURVES
 from benchmarks.loadgen import BUILD
+from benchmarks.run import is_disturbed
 from benchmarks.scenarios import SCENARIOS
 
 __all__ = ["main"]
@@ -57,7 +58,7 @@ def read(name: str) -> list[Row]:
 def newest(rows: list[Row], server: str, scenario: str, rounds: int) -> list[Row]:
     """The newest rounds; those that other processes disturbed only where there are no others."""
     found = [row for row in rows if (row["server"], row["scenario"]) == (server, scenario) and "result" in row]
-    return ([row for row in found if not row.get("disturbed")] or found)[-rounds:]
+    return ([row for row in found if not is_disturbed(row)] or found)[-rounds:]
 
 
 def median(values: Iterable[float]) -> float:
@@ -81,16 +82,18 @@ def table(rows: list[Row], rounds: int) -> list[str]:
         "connects/s": lambda name: figure(name, "connects", "value", "{:,.0f}"),
     }
 
+    def beside(scenario: str) -> list[Row]:
+        return [row for row in rows if row["scenario"] == scenario and not is_disturbed(row)]
+
     def ratio(name: str, scenario: str) -> str:
         if name == "C":
-            every = [row["reference"]["value"] for row in rows if row["scenario"] == scenario]
-            return f"1 ({median(every):,.0f}/s)"
+            return f"1 ({median(row['reference']['value'] for row in beside(scenario)):,.0f}/s)"
         ratios = [ratio_of(row) for row in newest(rows, name, scenario, rounds)]
         return f"{median(ratios):.2f}" if ratios else wrong(name, scenario)
 
     def figure(name: str, scenario: str, key: str, form: str) -> str:
         if name == "C":
-            return form.format(median(row["reference"][key] for row in rows if row["scenario"] == scenario))
+            return form.format(median(row["reference"][key] for row in beside(scenario)))
         found = newest(rows, name, scenario, rounds)
         return form.format(median(row["result"][key] for row in found)) if found else wrong(name, scenario)
 

@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from tests.tools.ports import free_port
-from tests.tools.redis_server import RedisServer
-
 from benchmarks.loadgen import BUILD, CHANNEL, Server
 from benchmarks.servers import OTHERS, descendants, process, resp
+from tests.tools.ports import free_port
+from tests.tools.redis_server import RedisServer
 
 __all__ = ["PEERS", "Missing", "install"]
 
