@@ -101,7 +101,8 @@ def table(rows: list[Row], rounds: int) -> list[str]:
         return "failed" if any((row["server"], row["scenario"]) == (name, scenario) for row in rows) else ""
 
     def speed(name: str) -> float:
-        return 1.0 if name == "C" else median(map(ratio_of, newest(rows, name, "fan-out", rounds)))
+        found = newest(rows, name, "fan-out", rounds)
+        return 1.0 if name == "C" else median(map(ratio_of, found)) if found else 0.0
 
     present = sorted({"C", *(row["server"] for row in rows)}, key=speed, reverse=True)
     lines = ["| server | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]

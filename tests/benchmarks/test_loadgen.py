@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from benchmarks.loadgen import Wrong, drive
 from benchmarks.servers import ours, reference
 
