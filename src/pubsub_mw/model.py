@@ -164,11 +164,14 @@ class Position:
     @classmethod
     def start(cls) -> "Position":
         """Return the place before a channel's first publication, in whichever epoch it will have."""
-        return cls(START_EPOCH, 0, START_TAG)
+        return _START
 
     @property
     def is_start(self) -> bool:
         return self.epoch == START_EPOCH
+
+
+_START = Position(START_EPOCH, 0, START_TAG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

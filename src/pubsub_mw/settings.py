@@ -77,7 +77,7 @@ class Settings:
         recovery_page_bytes: of history read at once for a client that catches up
         recovery_buffer: live publications of a channel remembered while its history is read; beyond
             it the history is read once more
-        fan_out_slice: deliveries made before the other connections of the process get their turn; 8 KiB count as
+        fan_out_slice: deliveries made before the other connections of the process get their turn; 16 KiB count as
             one more
         fan_out_bytes: of publications that wait for the fan-out of their channel's last ones; beyond it Redis
             keeps what is new until they are out

@@ -110,7 +110,7 @@ def payload_of(item: Publication) -> bytes:
 
 def offer(track: Track, item: Publication) -> str:
     runs, is_whole = track.advance([payload_of(item)])
-    assert [frame for run in runs for frame in run.batch.frames] == ([item.frame] if runs else [])
+    assert [frame for run in runs for frame in run.frames] == ([item.frame] if runs else [])
     return NEXT if runs else KNOWN if is_whole else BROKEN
 
 

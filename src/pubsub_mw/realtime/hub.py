@@ -22,6 +22,7 @@ goes to the channel's live subscriptions, and what comes meanwhile, live or from
 
 import asyncio
 import functools
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,13 @@ _RETRY_SECONDS = 0.5
 
 _REREAD_SECONDS = 0.01
 """Until history is read again for a subscription that is ahead of what has come live."""
+
+
+_PAGES_AT_ONCE = 16
+"""Whole pages that one round trip may bring; the pages of a larger batch are smaller."""
+
+_NOBODY: dict[Subscription, None] = {}
+"""Shared, and never added to."""
 
 
 class _FanOut:
@@ -89,7 +97,7 @@ class _Channel:
     def __init__(self, name: Channel) -> None:
         self.name = name
         self.live: dict[Subscription, SendQueue] = {}  # they have, or are about to get, everything up to `track`
-        self.waiting: dict[Subscription, None] = {}  # each at its own position
+        self.waiting: dict[Subscription, None] = _NOBODY  # each at its own position; see `wait` and `wait_no_more`
         self.track: Track | None = None  # None until history was read for the first time
         self.is_confirmed = False  # the broker delivers this channel's publications to us
         self.is_stale = False  # `track` is not to be trusted before history was read
@@ -97,6 +105,15 @@ class _Channel:
         self.is_reading = False
         self.recent: list[bytes] | None = None  # what came live since the read under way began
         self.fan_out: _FanOut | None = None
+
+    def wait(self, subscription: Subscription) -> None:
+        if self.waiting is _NOBODY:
+            self.waiting = {}
+        self.waiting[subscription] = None
+
+    def wait_no_more(self, subscription: Subscription) -> None:
+        if self.waiting.pop(subscription, subscription) is None and not self.waiting:
+            self.waiting = _NOBODY  # most channels have one connection, which waits once
 
     @property
     def is_settled(self) -> bool:
@@ -111,7 +128,7 @@ class Hub:
         self._settings = settings
         self._channels: dict[str, _Channel] = {}
         self._connections: dict[ConnectionId, SendQueue] = {}
-        self._unsettled: dict[Subscription, None] = {}
+        self._unsettled: dict[Subscription, float] = {}  # since when
         self._subscriber = broker.subscriber(self)
         self._wanted: dict[_Channel, None] = {}
         self._work = asyncio.Event()
@@ -169,9 +186,8 @@ class Hub:
         if channel is None:
             channel = self._channels[subscription.channel] = _Channel(subscription.channel)
             self._subscriber.subscribe(channel.name)
-        subscription.registered_at = asyncio.get_running_loop().time()
-        self._unsettled[subscription] = None
-        channel.waiting[subscription] = None
+        self._unsettled[subscription] = asyncio.get_running_loop().time()
+        channel.wait(subscription)
         track = channel.track
         if track is not None and channel.is_settled and subscription.position in (None, track.position):
             self._join(channel, subscription, track.position)
@@ -185,7 +201,7 @@ class Hub:
         channel = self._channels.get(subscription.channel)
         if channel is not None:
             channel.live.pop(subscription, None)
-            channel.waiting.pop(subscription, None)
+            channel.wait_no_more(subscription)
             if not channel.live and not channel.waiting:
                 del self._channels[channel.name]
                 self._wanted.pop(channel, None)
@@ -247,8 +263,9 @@ class Hub:
         except ValueError as error:
             log.error("ignored %d publications on %s, one of which is not ours: %s", len(payloads), channel.name, error)
             runs, is_whole = [], False
+        for run in runs:
+            self.publications_delivered += len(channel.live) * len(run.frames)
         if runs:
-            self.publications_delivered += len(channel.live) * sum([len(run.batch.frames) for run in runs])
             self._fan_out(channel, runs)
         if not is_whole:
             channel.is_stale = True
@@ -257,15 +274,15 @@ class Hub:
 
     def _fan_out(self, channel: _Channel, runs: list[Run]) -> None:
         """Send to all that are live, now if that is little, else from the next turn on."""
-        live = channel.live
-        cost = sum([1 + (run.batch.size >> 13) for run in runs])
+        live, cost = channel.live, 0
+        for run in runs:
+            cost += run.cost
         if len(live) * cost <= self._left:
             self._left -= len(live) * cost
             for run in runs:
                 if run.is_plain:
-                    batch = run.batch
                     for send_queue in list(live.values()):  # one that closes may make its subscription leave
-                        send_queue.put_batch(batch)
+                        send_queue.put_batch(run)
                 else:
                     for subscription in list(live):
                         _put(subscription, run)
@@ -317,7 +334,7 @@ class Hub:
     def _join(self, channel: _Channel, subscription: Subscription, position: Position) -> None:
         """Make a waiting subscription live; it has been sent everything up to the channel's track."""
         self._begin(subscription, position, None if subscription.position is None else True)
-        del channel.waiting[subscription]
+        channel.wait_no_more(subscription)
         channel.live[subscription] = subscription.send_queue
         subscription.joined_at = subscription.joined_at or position
         subscription.position = position
@@ -363,31 +380,36 @@ class Hub:
     async def _read(self) -> None:
         while True:
             await self._work.wait()
-            batch = [item for item in list(self._wanted)[: self._settings.resync_batch] if item.is_confirmed]
-            for channel in list(self._wanted)[: self._settings.resync_batch]:
+            channels = list(itertools.islice(self._wanted, self._settings.resync_batch))
+            for channel in channels:
                 del self._wanted[channel]
             if not self._wanted:
                 self._work.clear()
-            if not batch:
+            await self._read_batch([_Read(channel) for channel in channels if channel.is_confirmed])
+            del channels  # and with the call what it read: not kept until there is more to do
+
+    async def _read_batch(self, reads: list["_Read"]) -> None:
+        """Read several channels in one round trip."""
+        if not reads:
+            return
+        whole = self._settings.recovery_page_bytes
+        pages: list[HistoryPage | Exception]
+        try:
+            wanted = [(read.channel.name, read.since) for read in reads]
+            pages = await self._broker.read(wanted, page_bytes=min(whole, _PAGES_AT_ONCE * whole // len(reads)))
+        except BrokerUnavailable as error:
+            pages = [error] * len(reads)
+        for read, page in zip(reads, pages, strict=True):
+            channel = read.channel
+            if not isinstance(page, Exception):
+                self._left = self._settings.fan_out_slice
+                self._take(read, page)
                 continue
-            reads = [_Read(channel) for channel in batch]
-            pages: list[HistoryPage | Exception]
-            try:
-                wanted = [(read.channel.name, read.since) for read in reads]
-                pages = await self._broker.read(wanted, page_bytes=self._settings.recovery_page_bytes)
-            except BrokerUnavailable as error:
-                pages = [error] * len(reads)
-            for read, page in zip(reads, pages, strict=True):
-                channel = read.channel
-                if not isinstance(page, Exception):
-                    self._left = self._settings.fan_out_slice
-                    self._take(read, page)
-                    continue
-                read.end()
-                if self._channels.get(channel.name) is channel:
-                    log.warning("history of %s could not be read: %s", channel.name, page)
-                    delay = random.uniform(_RETRY_SECONDS / 2, _RETRY_SECONDS)
-                    asyncio.get_running_loop().call_later(delay, self._want, channel)
+            read.end()
+            if self._channels.get(channel.name) is channel:
+                log.warning("history of %s could not be read: %s", channel.name, page)
+                delay = random.uniform(_RETRY_SECONDS / 2, _RETRY_SECONDS)
+                asyncio.get_running_loop().call_later(delay, self._want, channel)
 
     def _take(self, read: "_Read", page: HistoryPage) -> None:
         """Take what a read found, if it still counts and nothing is on its way out that must come before it."""
@@ -475,7 +497,7 @@ class Hub:
             return
         for subscription in [item for item, send_queue in channel.live.items() if not send_queue.is_low]:
             del channel.live[subscription]
-            channel.waiting[subscription] = None
+            channel.wait(subscription)
             subscription.position = position
         self._fan_out(channel, runs_of(publications))
 
@@ -499,7 +521,8 @@ class Hub:
         if outcome.lost is None and not outcome.publications and position != page.top:
             # The page ended before it: others are further behind. The broker did answer, so the time begins anew.
             for subscription in subscriptions:
-                subscription.registered_at = asyncio.get_running_loop().time()
+                if subscription in self._unsettled:
+                    self._unsettled[subscription] = asyncio.get_running_loop().time()
             return
         if outcome.lost is not None and not channel.is_stale and not _is_behind(track.position, start):
             # Newer publications are on their way to the track: to begin ahead of it could miss one that is not kept.
@@ -552,8 +575,8 @@ class Hub:
             deadline = loop.time() - self._settings.broker_timeout
             for subscription in self._unsettled:
                 if not subscription.send_queue.is_low:
-                    subscription.registered_at = loop.time()  # it is the client that keeps it waiting
-            for subscription in [item for item in self._unsettled if item.registered_at < deadline]:
+                    self._unsettled[subscription] = loop.time()  # it is the client that keeps it waiting
+            for subscription in [item for item, since in self._unsettled.items() if since < deadline]:
                 self.unsubscribe(subscription)
                 if subscription.is_announced:
                     subscription.send_queue.put_nowait(
@@ -574,9 +597,9 @@ def _put(subscription: Subscription, run: Run) -> None:
     """Send a run to one subscription, as far as it is meant for it."""
     if not run.exclude or subscription.connection != run.exclude:
         if run.is_recovered:
-            subscription.send_queue.put_recovered_batch(run.batch)
+            subscription.send_queue.put_recovered_batch(run)
         else:
-            subscription.send_queue.put_batch(run.batch)
+            subscription.send_queue.put_batch(run)
     if run.reply and subscription.on_reply is not None:
         subscription.on_reply(run.reply)
 

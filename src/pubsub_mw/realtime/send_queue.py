@@ -36,7 +36,7 @@ class Batch:
 
     def __init__(self, frames: tuple[bytes, ...]) -> None:
         self.frames = frames
-        self.size = sum(map(len, frames))
+        self.size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
         self._websocket: bytes | None = None
 
     @property

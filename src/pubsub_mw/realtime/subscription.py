@@ -22,6 +22,10 @@ from pubsub_mw.realtime.send_queue import Batch, SendQueue
 __all__ = ["CatchUp", "GapReason", "Run", "Subscription", "Track", "catch_up", "runs_of"]
 
 
+_COSTLY_BYTES = 16_384
+"""What takes the kernel about as long as the rest of a delivery."""
+
+
 class GapReason(StrEnum):
     """Why continuity is lost."""
 
@@ -76,27 +80,38 @@ def catch_up(position: Position | None, page: HistoryPage) -> CatchUp:
     return CatchUp(position, missed, None)
 
 
-class Run:
-    """Publications of one channel that follow each other and go to the same subscribers.
+class Run(Batch):
+    """Publications of one channel that follow each other and go, live, to all who listen.
 
     Attributes:
-        batch: their frames
         exclude: the connection that does not get it, or ""
         reply: as in `Publication`; of a run of one
         is_recovered: whether it comes from history, and so is not bounded but paced
         is_plain: whether everybody gets it, live, and that is all
     """
 
-    __slots__ = ("batch", "exclude", "is_plain", "is_recovered", "reply")
+    __slots__ = ()
+    exclude = reply = ""
+    is_recovered = False
+    is_plain = True
 
-    def __init__(
-        self, frames: Iterable[bytes], exclude: str = "", reply: str = "", *, is_recovered: bool = False
-    ) -> None:
-        self.batch = Batch(tuple(frames))
+    @property
+    def cost(self) -> int:
+        """Of one delivery, as a multiple of that of a small publication."""
+        return 1 + self.size // _COSTLY_BYTES
+
+
+class _MarkedRun(Run):
+    """A run that is not plain."""
+
+    __slots__ = ("exclude", "is_recovered", "reply")
+    is_plain = False
+
+    def __init__(self, frames: tuple[bytes, ...], exclude: str, reply: str, *, is_recovered: bool) -> None:
+        super().__init__(frames)
         self.exclude = exclude
         self.reply = reply
         self.is_recovered = is_recovered
-        self.is_plain = not (exclude or reply or is_recovered)
 
 
 def runs_of(publications: Iterable[Publication]) -> list[Run]:
@@ -106,13 +121,14 @@ def runs_of(publications: Iterable[Publication]) -> list[Run]:
     for publication in publications:
         if publication.exclude or publication.reply:
             if frames:
-                runs.append(Run(frames, is_recovered=True))
+                runs.append(_MarkedRun(tuple(frames), "", "", is_recovered=True))
                 frames = []
-            runs.append(Run((publication.frame,), publication.exclude, publication.reply, is_recovered=True))
+            frame = publication.frame
+            runs.append(_MarkedRun((frame,), publication.exclude, publication.reply, is_recovered=True))
         else:
             frames.append(publication.frame)
     if frames:
-        runs.append(Run(frames, is_recovered=True))
+        runs.append(_MarkedRun(tuple(frames), "", "", is_recovered=True))
     return runs
 
 
@@ -123,7 +139,8 @@ class Track:
 
     def __init__(self, position: Position) -> None:
         self._position: Position | None = position
-        self._at = str(position).encode()  # the same, as it stands in payloads
+        # The same, as it stands in payloads; of the start, which has no epoch yet, what cannot stand there.
+        self._at = b" " if position.is_start else str(position).encode()
         # Offset -> tag of what was sent from history and may still come live: the two travel on different links.
         self._from_history: dict[int, str] | None = None
 
@@ -161,11 +178,11 @@ class Track:
                 frames.append(frame)
             else:
                 if frames:
-                    runs.append(Run(frames))
+                    runs.append(Run(tuple(frames)))
                     frames = []
-                runs.append(Run((frame,), exclude.decode(), reply.decode()))
+                runs.append(_MarkedRun((frame,), exclude.decode(), reply.decode(), is_recovered=False))
         if frames:
-            runs.append(Run(frames))
+            runs.append(Run(tuple(frames)))
         if at is not self._at:
             self._at, self._position, self._from_history = at, None, None
         return runs, is_whole
@@ -217,7 +234,6 @@ class Subscription:
         "on_begin",
         "on_reply",
         "position",
-        "registered_at",
         "send_queue",
         "settled",
         "since",
@@ -249,7 +265,6 @@ class Subscription:
         self.has_begun = False
         self.is_open = True
         self.is_held = False  # the hub waits for its client to read before it is sent more of history
-        self.registered_at = 0.0
 
     def settle(self, succeeded: bool) -> None:
         """Tell whoever waits for the subscription, once."""

@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from pubsub_mw.broker.presence import PresenceCall
 from pubsub_mw.broker.redis.queue import RedisQueue
-from pubsub_mw.broker.redis.scripts import Call, Scripts
+from pubsub_mw.broker.redis.scripts import Call, Scripts, pack
 from pubsub_mw.errors import BrokerUnavailable, SettingsError
 from pubsub_mw.model import Channel, Draft, Position
 from pubsub_mw.settings import Settings
@@ -164,7 +164,7 @@ class RedisBroker:
 
     @staticmethod
     def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]], deadline: float) -> list[Any]:
-        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        connection.send_packed_command([pack(commands)], check_health=False)
         replies: list[Any] = []
         for _ in commands:
             try:

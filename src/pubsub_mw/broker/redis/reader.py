@@ -17,7 +17,7 @@ from redis.asyncio.connection import Connection
 
 from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Offer, answer_key
 from pubsub_mw.broker.presence import PresenceCall, Present
-from pubsub_mw.broker.redis.scripts import Call, Scripts
+from pubsub_mw.broker.redis.scripts import Call, Scripts, pack
 from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
@@ -222,7 +222,7 @@ class AsyncRedisBroker:
 
     @staticmethod
     async def _exchange(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        await connection.send_packed_command(b"".join(connection.pack_commands(commands)), check_health=False)
+        await connection.send_packed_command(pack(commands), check_health=False)
         replies: list[Any] = []
         for _ in commands:
             try:

@@ -8,10 +8,12 @@ Never:  does I/O: the synchronous and the asynchronous door both send what is bu
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+
+import hiredis
 
 from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.interface import Offer, Taken
@@ -22,7 +24,7 @@ from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
 from pubsub_mw.protocol import message_tail
 from pubsub_mw.settings import Settings
 
-__all__ = ["Call", "Scripts"]
+__all__ = ["Call", "Scripts", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ class Call:
 
     def by_source(self) -> tuple[Any, ...]:
         return ("EVAL", self.script, len(self.keys), *self.keys, *self.arguments)
+
+
+def pack(commands: Iterable[tuple[Any, ...]]) -> bytes:
+    """Return commands as Redis reads them. redis-py's own packing looks at each argument for what we never give it."""
+    return b"".join(map(hiredis.pack_command, commands))
 
 
 def _load(*names: str) -> tuple[bytes, str]:

@@ -33,6 +33,7 @@ from pubsub_mw.broker.interface import Listener
 from pubsub_mw.broker.presence import decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
 from pubsub_mw.broker.redis.publisher import connection_factory
+from pubsub_mw.broker.redis.scripts import pack
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel
 from pubsub_mw.settings import Settings
@@ -230,10 +231,10 @@ class RedisSubscriber:
                 end, verb = start, commands[start][0]
                 while end < len(commands) and end - start < _NAMES_PER_COMMAND and commands[end][0] == verb:
                     end += 1
-                command = (verb, *[name for _, name in commands[start:end]])
-                link.transport.write(hiredis.pack_command(command))  # type: ignore[arg-type] # its stub knows no more
+                link.transport.write(pack([(verb, *[name for _, name in commands[start:end]])]))
                 await link.is_writable.wait()
                 start = end
+            del commands  # not kept until the next wish
 
     def _receive(self, next_reply: Callable[[], Any]) -> None:
         """Hand on all that has arrived, publications of one channel together."""
