@@ -1,4 +1,4 @@
-"""Measure how cost grows: with subscribers, channels, payload, processes, and for others while a fan-out goes on.
+"""Measure how cost grows: with subscribers, channels, payload, processes.
 
     python -m benchmarks.curves [--curves subscribers channels ...] [--servers pubsub-mw C]
 
@@ -31,14 +31,11 @@ class Curve:
     """Attributes:
     title, axis: of the plot
     points: x -> the load generator's options and the size of a payload
-    figure, unit: which of its figures is y
     """
 
     title: str
     axis: str
     points: dict[int, tuple[Options, int]]
-    figure: str
-    unit: str
 
 
 def main() -> None:
@@ -99,8 +96,13 @@ def save(rows: Iterator[dict[str, Any]]) -> None:
 _MOST = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500
 
 
-def _subscribers() -> list[int]:
-    return [count for count in (10, 100, 1_000, 5_000, 10_000, 20_000, 50_000, 100_000) if count <= _MOST] or [_MOST]
+_COUNTS = [count for count in (10, 100, 1_000, 5_000, 10_000, 20_000, 50_000, 100_000) if count < _MOST] + [_MOST]
+
+
+def _subscribers(count: int) -> Options:
+    """One fan-out follows the other; 50 of the connections listen to another channel and ping ten times a second."""
+    pingers = 50 if count >= 100 else 0
+    return ["--connections", count - pingers, "--pingers", pingers, "--warm-up", 3, *_NAP]
 
 
 def _channels(count: int) -> Options:
@@ -113,34 +115,17 @@ CURVES = {
     "subscribers": Curve(
         "Fan-out of one channel, one message at a time",
         "subscribers",
-        {count: (["--connections", count, "--warm-up", 5, *_NAP], PAYLOAD_BYTES) for count in (*_subscribers(), _MOST)},
-        "per_second",
-        "deliveries/s",
+        {count: (_subscribers(count), PAYLOAD_BYTES) for count in _COUNTS},
     ),
     "channels": Curve(
         "1,000 deliveries that wait, to 1,000 connections",
         "channels",
         {count: (_channels(count), PAYLOAD_BYTES) for count in (1, 10, 100, 1_000, 10_000, 100_000)},
-        "per_second",
-        "deliveries/s",
     ),
     "payload": Curve(
         "Fan-out to 1,000 subscribers, one message at a time",
         "bytes of payload",
         {size: (["--connections", 1_000, *_NAP], size) for size in (64, 256, 1_024, 4_096, 16_384, 65_536)},
-        "per_second",
-        "deliveries/s",
-    ),
-    "pings": Curve(
-        "Ping of 50 other connections while one fan-out follows the other",
-        "subscribers",
-        {
-            count: (["--connections", count - 60, "--pingers", 50, "--warm-up", 2], PAYLOAD_BYTES)
-            for count in (*_subscribers(), _MOST)
-            if count >= 100
-        },
-        "ping_ms",
-        "p99, ms",
     ),
 }
 

@@ -149,11 +149,17 @@ def draw(rows: list[Row], folder: Path) -> None:
                     points.setdefault(row["x"], []).append(row)
             xs = sorted(points)
             left.plot(xs, [median(row["per_second"] for row in points[x]) for x in xs], marker="o", label=server)
-            key = "ping_ms" if name == "pings" else "latency_ms"
-            right.plot(xs, [median(row[key]["p99"] for row in points[x]) for x in xs], marker="o", label=server)
+            right.plot(
+                xs, [median(row["latency_ms"]["p99"] for row in points[x]) for x in xs], marker="o", label=server
+            )
+            pinged = [x for x in xs if all("ping_ms" in row for row in points[x])]
+            if pinged:
+                pings = [median(row["ping_ms"]["p99"] for row in points[x]) for x in pinged]
+                right.plot(pinged, pings, marker=".", linestyle=":", label=f"{server}: ping of others")
         left.set(title=curve.title, xlabel=curve.axis, ylabel="deliveries/s", xscale="log", ylim=(0, None))
         right.set(title="p99", xlabel=curve.axis, ylabel="ms", xscale="log", yscale="log")
         left.legend(frameon=False)
+        right.legend(frameon=False)
         plot.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         pyplot.close(plot)
 

@@ -29,7 +29,9 @@ _HERE = Path(__file__).parent
 _PYTHON, _NODE, _DEBIAN = BUILD / "python", BUILD / "node_modules", BUILD / "debian"
 _PYTHON_PACKAGES = [
     *("channels>=4.3", "channels-redis>=4.3", "django>=5.2,<6", "python-socketio>=5.14", "websockets>=15", "uvloop"),
-    *("starlette>=1.0.1", "uvicorn>=0.40", "httptools", "redis>=5"),
+    # channels-redis opens a connection for each client, of which redis-py 8 allows a hundred.
+    "redis>=5,<8",
+    *("starlette>=1.0.1", "uvicorn>=0.40", "httptools"),
 ]
 _NODE_PACKAGES = ["ws@8", "socket.io@4", "@socket.io/redis-adapter@8", "redis@5"]
 _DEBIAN_PACKAGES = ["nginx", "libnginx-mod-nchan", "nats-server"]
