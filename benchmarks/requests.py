@@ -3,9 +3,11 @@
     python -m benchmarks.requests [--rounds 5] [--requests 20000]
 
 Both get the same request by the way that is theirs: gunicorn by keep-alive HTTP from `wrk`, the worker from its queue,
-where the requests of many connections were accepted before (claims set). The time of the worker goes on until every
-answer is published on its connection's channel and every request acknowledged. What is measured has one core to itself;
-`wrk` and Redis have the other. The rounds alternate. Needs redis-server, wrk and two cores.
+where the requests of many connections were accepted before (claims set), each connection's waiting for one another. The
+time of the worker goes on until every answer is published on its connection's channel and every request acknowledged.
+What is measured has one core to itself; `wrk` and Redis have the other. The rounds alternate. Two ratios come out: of
+the requests per second, and of the processor time per request of the process that runs the views, which holds also
+where other programs want the same core. Needs redis-server, wrk and two cores.
 """
 
 import argparse
@@ -15,14 +17,15 @@ import re
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import redis
 
@@ -70,26 +73,65 @@ def main() -> None:
         settings = Settings.build(
             server.url, environ={}, secret=_SECRET, queue_size=1_000_000, request_timeout=3_600, requests="/*"
         )
-        gunicorn_port = stack.enter_context(run_gunicorn(options.threads))
+        port, gunicorn = stack.enter_context(run_gunicorn(options.threads))
         worker = stack.enter_context(run_worker(settings, options.threads))
         for view in _VIEWS:
-            ours: list[float] = []
-            theirs: list[float] = []
+            ours: list[Measured] = []
+            theirs: list[Measured] = []
             for number in range(options.rounds):
-                theirs.append(measure_gunicorn(view, gunicorn_port, options.seconds))
-                ours.append(measure_worker(view, server, settings, worker, options.requests, f"{view}{number}"))
-                print(f"{view}: gunicorn {theirs[-1]:,.0f}/s, worker {ours[-1]:,.0f}/s", flush=True)
-            gunicorn, own = statistics.median(theirs), statistics.median(ours)
-            print(f"{view}: medians: gunicorn {gunicorn:,.0f}/s, worker {own:,.0f}/s; ratio {own / gunicorn:.2f}")
+                with timed(gunicorn, theirs) as count:
+                    count.append(measure_gunicorn(view, port, options.seconds))
+                os.kill(worker, signal.SIGSTOP)
+                try:
+                    accept(view, settings, options.requests, f"{view}{number}")
+                finally:
+                    os.kill(worker, signal.SIGCONT)
+                with timed(worker, ours) as count:
+                    wait_until_empty(settings)
+                    count.append(options.requests)
+                check_answers(view, server, settings, options.requests, f"{view}{number}")
+                print(f"{view}: gunicorn {theirs[-1]}, worker {ours[-1]}", flush=True)
+            rate = median(one.rate for one in ours) / median(one.rate for one in theirs)
+            cost = median(one.cost for one in theirs) / median(one.cost for one in ours)
+            print(
+                f"{view}: ratio {rate:.2f} in requests per second, {cost:.2f} in requests per second of the processor"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One round of one side."""
+
+    rate: float  # requests per second
+    cost: float  # seconds of the processor per request
+
+    def __str__(self) -> str:
+        return f"{self.rate:,.0f}/s ({self.cost * 1e6:.0f} us of the processor each)"
 
 
 @contextmanager
-def run_gunicorn(threads: int) -> Iterator[int]:
+def timed(process: int, into: list[Measured]) -> Iterator[list[int]]:
+    """Measure what `process` does meanwhile; the block puts into its list how many requests that were."""
+    count: list[int] = []
+    began_at, used = time.monotonic(), processor_seconds(process)
+    yield count
+    seconds = time.monotonic() - began_at
+    into.append(Measured(count[0] / seconds, (processor_seconds(process) - used) / count[0]))
+
+
+def processor_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def run_gunicorn(threads: int) -> Iterator[tuple[int, int]]:
+    """Start gunicorn, and yield its port and the id of the process that runs the app."""
     port = free_port()
     command = ["gunicorn", _APP, "--bind", f"127.0.0.1:{port}", "--worker-class", "gthread", "--threads", str(threads)]
-    with process([sys.executable, "-m", *command, "--keep-alive", "60", "--log-level", "warning"], {}):
+    with process([sys.executable, "-m", *command, "--keep-alive", "60", "--log-level", "warning"], {}) as arbiter:
         wait_until_served(port)
-        yield port
+        yield port, child_of(arbiter, b"gunicorn")
 
 
 @contextmanager
@@ -100,7 +142,7 @@ def run_worker(settings: Settings, threads: int) -> Iterator[int]:
     with process(command, env) as supervisor:
         accept("hello", settings, 200, "warm")
         wait_until_empty(settings)
-        yield worker_of(supervisor)
+        yield child_of(supervisor, b"spawn_main")
 
 
 @contextmanager
@@ -114,12 +156,16 @@ def process(command: list[str], env: dict[str, str]) -> Iterator[int]:
         started.wait(30)
 
 
-def worker_of(supervisor: int) -> int:
+def child_of(parent: int, command: bytes) -> int:
+    """Return the id of the only child that runs `command`."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        parent = int(path.read_text().rpartition(")")[2].split()[1])
-        if parent == supervisor and b"spawn_main" in path.with_name("cmdline").read_bytes():
-            return int(path.parent.name)
-    raise SystemExit("the worker did not start")
+        try:
+            is_child = int(path.read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and command in path.with_name("cmdline").read_bytes():
+                return int(path.parent.name)
+        except OSError:
+            continue  # it ended
+    raise SystemExit(f"{command.decode()} did not start")
 
 
 def wait_until_served(port: int) -> None:
@@ -135,7 +181,8 @@ def wait_until_served(port: int) -> None:
             return
 
 
-def measure_gunicorn(view: str, port: int, seconds: int) -> float:
+def measure_gunicorn(view: str, port: int, seconds: int) -> int:
+    """Return how many requests were answered."""
     method, path, body, _ = _VIEWS[view]
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_WRK % (method, body.decode(), "a" * 80))
@@ -144,22 +191,9 @@ def measure_gunicorn(view: str, port: int, seconds: int) -> float:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in said or "Socket errors" in said:
         raise SystemExit(said)
-    found = re.search(r"Requests/sec:\s*([\d.]+)", said)
+    found = re.search(r"(\d+) requests in", said)
     assert found is not None, said
-    return float(found[1])
-
-
-def measure_worker(view: str, server: RedisServer, settings: Settings, worker: int, count: int, name: str) -> float:
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        accept(view, settings, count, name)
-    finally:
-        os.kill(worker, signal.SIGCONT)
-    began_at = time.monotonic()
-    wait_until_empty(settings)
-    taken = time.monotonic() - began_at
-    check_answers(view, server, settings, count, name)
-    return count / taken
+    return int(found[1])
 
 
 def accept(view: str, settings: Settings, count: int, name: str) -> None:
@@ -168,21 +202,23 @@ def accept(view: str, settings: Settings, count: int, name: str) -> None:
     async def store() -> None:
         broker, key = AsyncRedisBroker(settings), queue_key(_SECRET)
 
-        async def one(number: int) -> None:
-            connection = ConnectionId(f"{name}-{number % _CONNECTIONS}")
-            request = build(view, connection, str(number))
-            offer = Offer(
-                connection=connection,
-                request_id=request.id,
-                payload=encode_request(request, key),
-                reply_to=request.reply_to,
-            )
-            (accepted,) = await broker.accept([offer])
-            assert isinstance(accepted, Accepted)
-            assert accepted.acceptance is Acceptance.STORED
-
-        for begin in range(0, count, 64):
-            await asyncio.gather(*(one(number) for number in range(begin, min(begin + 64, count))))
+        for begin in range(0, count, 256):
+            requests = [
+                build(view, ConnectionId(f"{name}-{number % _CONNECTIONS}"), str(number))
+                for number in range(begin, min(begin + 256, count))
+            ]
+            offers = [
+                Offer(
+                    connection=request.connection,
+                    request_id=request.id,
+                    payload=encode_request(request, key),
+                    reply_to=request.reply_to,
+                )
+                for request in requests
+            ]
+            for accepted in await broker.accept(offers):
+                assert isinstance(accepted, Accepted), accepted
+                assert accepted.acceptance is Acceptance.STORED, accepted
         await broker.close()
 
     asyncio.run(store())
@@ -219,10 +255,10 @@ def build(view: str, connection: ConnectionId, request_id: str) -> Request:
 
 
 def wait_until_empty(settings: Settings) -> None:
-    stream = Keyspace(settings.prefix).requests
+    stream, waiting, *_ = Keyspace(settings.prefix).lanes
     with redis.Redis.from_url(settings.url) as client:
         deadline = time.monotonic() + 120
-        while client.xlen(stream):
+        while client.xlen(stream) + client.xlen(waiting):
             if time.monotonic() > deadline:
                 raise SystemExit("the worker does not answer")
             time.sleep(0.005)

@@ -195,17 +195,11 @@ class Publisher:
         self._revoke(check_subscribable(channel), user, connection)
 
     def _revoke(self, subject: str, user: str | None, connection: str | None) -> None:
-        if (user is None) == (connection is None):
-            raise TypeError("give either user= or connection=")
-        at = time.time()
-        identity = f"user:{user}" if user is not None else f"connection:{connection}"
-        check_channel(f"{USER_PREFIX if user is not None else CONNECTION_PREFIX}{identity.partition(':')[2]}")
-        news = head_of({"type": "control", "identity": identity, "subject": subject, "at": at})
-        draft = build_answer_draft(self.settings, CONTROL_CHANNEL, news, "", "")
+        revocation = _revocation(self.settings, subject, user, connection)
         try:
-            self._broker.revoke(identity, subject, at, draft)
+            self._broker.revoke(*revocation)
         except BrokerUnavailable as error:
-            raise _publish_error([draft], error) from error
+            raise _publish_error(revocation[-1:], error) from error
 
     def close(self) -> None:
         """Give idle connections back; the publisher stays usable."""
@@ -295,11 +289,39 @@ class AsyncPublisher:
             raise present
         return _members(present.users or {})
 
+    async def disconnect(self, *, user: str | None = None, connection: str | None = None) -> None:
+        """As `Publisher.disconnect`."""
+        await self._revoke("*", user, connection)
+
+    async def unsubscribe(self, channel: str, *, user: str | None = None, connection: str | None = None) -> None:
+        """As `Publisher.unsubscribe`."""
+        await self._revoke(check_subscribable(channel), user, connection)
+
+    async def _revoke(self, subject: str, user: str | None, connection: str | None) -> None:
+        revocation = _revocation(self.settings, subject, user, connection)
+        try:
+            await self._broker().revoke(*revocation)
+        except BrokerUnavailable as error:
+            raise _publish_error(revocation[-1:], error) from error
+
     async def close(self) -> None:
         """Give the running loop's connections back."""
         broker = self._brokers.pop(asyncio.get_running_loop(), None)
         if broker is not None:
             await broker.close()
+
+
+def _revocation(
+    settings: Settings, subject: str, user: str | None, connection: str | None
+) -> tuple[str, str, float, Draft]:
+    """Check whom the application means, and return what the broker's `revoke` takes."""
+    if (user is None) == (connection is None):
+        raise TypeError("give either user= or connection=")
+    at = time.time()
+    identity = f"user:{user}" if user is not None else f"connection:{connection}"
+    check_channel(f"{USER_PREFIX if user is not None else CONNECTION_PREFIX}{identity.partition(':')[2]}")
+    news = head_of({"type": "control", "identity": identity, "subject": subject, "at": at})
+    return identity, subject, at, build_answer_draft(settings, CONTROL_CHANNEL, news, "", "")
 
 
 def _grant_claims(

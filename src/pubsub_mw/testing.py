@@ -1,6 +1,6 @@
 """See what a test's request published, and send a request as a connection would; no broker needed.
 
-In:     a test that makes requests, through the wrapped WSGI app (which Django's own test client passes by)
+In:     a test that makes requests, through the wrapped WSGI app, or by Django's own test client, which passes by that
 Out:    the publications, in order; answers as a client would get them
 Owns:   an engine that records, in the place of the broker, while `capture` is open
 Never:  delivers anything; is more lenient than a server (names, sizes, headers and data are checked as ever)
@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 from pubsub_mw.broker.engines import stand_in
 from pubsub_mw.broker.memory import MemoryBroker
 from pubsub_mw.drafts import encode_data
-from pubsub_mw.model import ConnectionId, Draft, Handshake, Position
+from pubsub_mw.middleware import RequestPublisher
+from pubsub_mw.model import ConnectionId, Draft, Handshake, Position, RequestConnection
 from pubsub_mw.protocol import RequestFrame, message_tail
+from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime.request_check import RequestCheck
 from pubsub_mw.settings import Settings
 from pubsub_mw.worker.answers import Answer
@@ -39,7 +41,7 @@ from pubsub_mw.worker.wsgi import run_wsgi
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
-__all__ = ["Answered", "Published", "TestConnection", "capture"]
+__all__ = ["Answered", "Published", "TestConnection", "WithPubSub", "capture"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,27 @@ class _Recorder(MemoryBroker):
         return positions
 
 
+class WithPubSub:
+    """Give Django's own test client what `PubSub` gives a view: it calls views without the WSGI application.
+
+    class Client(WithPubSub, django.test.Client):
+        pass
+
+    class MessagesTest(TestCase):
+        client_class = Client
+    """
+
+    def request(self, **request: Any) -> Any:
+        """Make a request with the keys of `PubSub` in its environ; those that are given stay."""
+        publisher = Publisher()
+        publish = RequestPublisher(publisher, None)
+        keys = {"pubsub.publish": publish, "pubsub.publisher": publisher, "pubsub.connection": None}
+        response = super().request(**{**keys, **request})  # type: ignore[misc]
+        publish.note_status(response.status_code)
+        publish.finish()
+        return response
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
     """The answer to a request, as the client would get it.
@@ -135,7 +158,7 @@ class TestConnection:
         app: the WSGI app
         user: who the connection's grant says it is
         cookies: sent with the handshake
-        headers: more of the handshake, such as `origin`
+        headers: more of the handshake, such as `origin`; None leaves out one that is there by itself
         scheme: `http` or `https`
         settings: any field of `Settings`; every path may be requested unless `requests` says otherwise
     """
@@ -148,21 +171,32 @@ class TestConnection:
         *,
         user: str | None = None,
         cookies: Mapping[str, str] | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | None] | None = None,
         scheme: str = "http",
         **settings: Any,
     ) -> None:
-        values = {"host": "localhost", "origin": f"{scheme}://localhost"}
+        values: dict[str, str | None] = {"host": "localhost", "origin": f"{scheme}://localhost"}
         values |= {name.lower(): value for name, value in (headers or {}).items()}
         if cookies:
             values["cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
         self.id = ConnectionId(secrets.token_urlsafe(16))
         self._app = app
         self._user = user
-        self._handshake = Handshake(headers=tuple(values.items()), scheme=scheme, address="127.0.0.1")
+        kept = tuple((name, value) for name, value in values.items() if value is not None)
+        self._handshake = Handshake(headers=kept, scheme=scheme, address="127.0.0.1")
         self._settings = Settings.build(**{"requests": "/*", **settings})
         self._check = RequestCheck(self._settings)
         self._count = 0
+
+    def as_seen(self, message_id: str, *, delivery_count: int = 1) -> RequestConnection:
+        """Return `environ["pubsub.connection"]` of one request, for a test that makes its requests by other means."""
+        return RequestConnection(
+            id=self.id,
+            user=self._user,
+            transport="websocket",
+            message_id=message_id,
+            delivery_count=delivery_count,
+        )
 
     def fetch(
         self,

@@ -53,6 +53,7 @@ FROM_HANDSHAKE = {
     "HTTP_USER_AGENT": "Browser/1.0",
     "HTTP_ACCEPT_LANGUAGE": "fi",
     "HTTP_ORIGIN": "https://site.example:8443",
+    "HTTP_REFERER": "https://site.example:8443/",
     "HTTP_COOKIE": "session=abc; csrftoken=def",
     "HTTP_X_FORWARDED_FOR": "192.0.2.1",
     "HTTP_X_FORWARDED_HOST": "site.example:8443",
@@ -260,6 +261,22 @@ def test_server_name_and_port_are_those_of_the_host(host: str | None, name: str,
     assert (environ["SERVER_NAME"], environ["SERVER_PORT"]) == (name, port)
 
 
+@pytest.mark.parametrize(
+    ("headers", "referer"),
+    [
+        ((("origin", "https://a.example"),), "https://a.example/"),  # browsers open a WebSocket without one
+        ((("origin", "https://a.example"), ("referer", "https://a.example/page")), "https://a.example/page"),
+        ((("origin", "null"),), None),
+        ((), None),
+    ],
+)
+def test_where_a_handshake_has_no_referer_its_origin_is_one(
+    headers: tuple[tuple[str, str], ...], referer: str | None
+) -> None:
+    handshake = Handshake(headers=headers, scheme="https", address="")
+    assert build_environ(request(handshake=handshake), 1).get("HTTP_REFERER") == referer
+
+
 def test_a_view_learns_which_connection_asks_and_how_often_it_was_run() -> None:
     connection = build_environ(request(), 2)["pubsub.connection"]
     assert (connection.id, connection.user, connection.transport) == ("c1", "7", "websocket")
@@ -309,6 +326,7 @@ def test_the_scope_says_the_same_as_the_environ() -> None:
         b"cookie": b"session=abc; csrftoken=def",
         b"host": b"site.example:8443",
         b"origin": b"https://site.example:8443",
+        b"referer": b"https://site.example:8443/",
         b"user-agent": b"Browser/1.0",
         b"x-forwarded-for": b"192.0.2.1",
         b"x-forwarded-host": b"site.example:8443",

@@ -247,6 +247,9 @@ class AsyncBroker(Protocol):
     async def secret(self) -> str:
         """As `Broker.secret`."""
 
+    async def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
+        """As `Broker.revoke`, within `broker_timeout`."""
+
     async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         """Return for each identity what was revoked: subject -> until when."""
 

@@ -482,6 +482,9 @@ class AsyncMemoryBroker:
     async def secret(self) -> str:
         return self._broker.secret()
 
+    async def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
+        self._broker.revoke(identity, subject, at, news)
+
     async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         return self._broker.revoked(identities)
 

@@ -46,7 +46,7 @@ _WAIT_SECONDS = 0.25
 """For a request to come; how long `stop` may go unseen."""
 _AHEAD_SECONDS = 0.05
 """How much work is taken ahead of the threads, by the time that requests took lately."""
-_MOST_AHEAD = 64
+_MOST_AHEAD = 256
 _FIRST_GUESS_SECONDS = 1.0
 """How long a request takes, before one was run: nothing is taken ahead then."""
 _PACE_SECONDS = 0.02

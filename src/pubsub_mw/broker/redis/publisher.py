@@ -90,15 +90,7 @@ class RedisBroker:
 
     def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
         """Remember a revocation and tell the realtime servers; see `Broker.revoke`."""
-        key = self._scripts.keyspace.revoked(identity)
-        lifetime = str(round(self._settings.revocation_ttl * 1_000))
-        self.run(
-            lambda is_retry: [
-                ("HSET", key, subject, repr(at)),
-                ("PEXPIRE", key, lifetime),
-                self._scripts.publish(news, is_retry=is_retry),
-            ]
-        )
+        self.run(lambda is_retry: self._scripts.revoke(identity, subject, at, news, is_retry=is_retry))
 
     def presence(self, channel: Channel) -> Mapping[str, bytes]:
         """Return user -> info of all who are on the channel."""

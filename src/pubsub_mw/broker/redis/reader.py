@@ -82,6 +82,16 @@ class AsyncRedisBroker:
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {secret}")
         return secret.decode()
 
+    async def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
+        """Remember a revocation and tell the realtime servers; see `Broker.revoke`."""
+        replies = await self._run(
+            lambda is_retry: self._scripts.revoke(identity, subject, at, news, is_retry=is_retry),
+            self._settings.broker_timeout,
+        )
+        for reply in replies:
+            if isinstance(reply, redis.RedisError):
+                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+
     async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         """Return what was revoked; see `AsyncBroker.revoked`."""
         calls = [("HGETALL", self._scripts.keyspace.revoked(identity)) for identity in identities]

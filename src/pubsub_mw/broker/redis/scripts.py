@@ -80,6 +80,7 @@ class Scripts:
         self._presence_lifetime = _milliseconds(2 * (settings.presence_ttl + settings.presence_grace))
         self._presence_size = str(settings.presence_size)
         self._claim_ttl = _milliseconds(settings.claim_ttl)
+        self._revocation_ttl = _milliseconds(settings.revocation_ttl)
 
     def publish(self, draft: Draft, *, is_retry: bool) -> Call:
         keyspace, channel = self.keyspace, draft.channel
@@ -116,6 +117,13 @@ class Scripts:
                 self._position_ttl,
             ),
         )
+
+    def revoke(
+        self, identity: str, subject: str, at: float, news: Draft, *, is_retry: bool
+    ) -> list[Call | tuple[Any, ...]]:
+        key = self.keyspace.revoked(identity)
+        kept = [("HSET", key, subject, repr(at)), ("PEXPIRE", key, self._revocation_ttl)]
+        return [*kept, self.publish(news, is_retry=is_retry)]
 
     def accept(self, offer: Offer, queue_size: int, in_flight: int, backlog: int) -> Call:
         keys = (*self.keyspace.lanes, self.keyspace.claim(offer.connection, offer.request_id))
