@@ -178,6 +178,7 @@ def test_an_address_that_is_not_ours_is_one_sentence(folder: Path) -> None:
         (["serve", "wsgi_site:app", "--url", "amqp://127.0.0.1"], ["amqp"]),
         (["serve", "wsgi_site:app", "--drain", "-1"], ["drain"]),
         (["serve", "wsgi_site:app", "--port", "65536"], ["65535"]),
+        (["serve", "wsgi_site.py"], ["myapp:app"]),
         (["realtime"], ["broker", "pubsub-mw serve"]),
         (["publish", "room:1", "x"], ["memory://", "PUBSUB_URL"]),
         (["publish", "no such name", "x", "--url", "redis://127.0.0.1/0"], ["no such name"]),
@@ -466,6 +467,16 @@ def fetch(url: str) -> str:
         return ""
 
 
+def test_ctrl_c_ends_a_server_without_complaint(folder: Path, processes: Processes) -> None:
+    served = processes.pubsub_mw("serve", "wsgi_site:app", cwd=folder)
+
+    served.send_signal(signal.SIGINT)
+
+    assert served.wait() == 0
+    assert "Aborted" not in served.log
+    assert "Traceback" not in served.log
+
+
 # doctor
 
 
@@ -492,7 +503,7 @@ def test_the_doctor_finds_a_healthy_broker_healthy(env: dict[str, str]) -> None:
         ("replica", "fault", "it is a replica", "primary"),
         ("wrong password", "fault", "invalid username-password pair", "PUBSUB_URL"),
         ("user without channels", "fault", "did not come back", "ACL SETUSER <user> ~pubsub:* &pubsub:*"),
-        ("user without scripts", "fault", "no permissions to run the 'evalsha' command", "+evalsha"),
+        ("user without scripts", "fault", "no permissions to run the 'evalsha' command", "+@scripting"),
         ("user without info", "warning", "may not ask for INFO", "+info"),
         ("no secret", "warning", "PUBSUB_SECRET is not set", "openssl rand -hex 32"),
         ("short secret", "warning", "PUBSUB_SECRET is short", "32 bytes"),
@@ -523,6 +534,23 @@ def test_the_doctor_names_the_fault_and_its_cure(
     assert cure in lines[index + 1]
     assert done.returncode == (level == "fault")
     assert not any(word in done.stdout + done.stderr for word in ("open-", "12345", SECRET, "Traceback"))
+
+
+def test_the_doctor_finds_a_setting_that_is_misspelt(env: dict[str, str]) -> None:
+    done = run("doctor", env={**env, "PUBSUB_HISTROY_SIZE": "5"})
+
+    assert "PUBSUB_HISTROY_SIZE is no setting, and has no effect" in done.stdout
+    assert "did you mean PUBSUB_HISTORY_SIZE?" in done.stdout
+
+
+def test_a_worker_says_when_nothing_can_come(folder: Path, redis_server: RedisServer, processes: Processes) -> None:
+    env = {"PUBSUB_URL": redis_server.url}
+    idle = processes.pubsub_mw("worker", "wsgi_site:app", env=env, cwd=folder)
+    busy = processes.pubsub_mw("worker", "wsgi_site:app", env={**env, "PUBSUB_REQUESTS": "/*"}, cwd=folder)
+
+    idle.wait_for_log("PUBSUB_REQUESTS is not set")
+    busy.wait_for_log("takes requests", 15_000 * MS)
+    assert "PUBSUB_REQUESTS" not in busy.log
 
 
 def test_the_doctors_cure_for_a_user_is_enough(other_redis: RedisServer) -> None:

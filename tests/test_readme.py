@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -242,6 +243,27 @@ async def test_the_first_screen_works(tmp_path: Path, processes: Processes, brow
     await browser_page.get_by_text("hi there").wait_for(timeout=1_000 * 5_000 * MS)
 
 
+def test_the_first_screen_can_be_seen_without_a_page(tmp_path: Path, processes: Processes) -> None:
+    (tmp_path / "app.py").write_text(snippets("python", document=README)[0].text)
+    served = processes.pubsub_mw("serve", "app:app", cwd=tmp_path)
+    address = served.url.removeprefix("http://")
+    listen, say = (
+        shlex.split(line.removeprefix("$ ").replace("127.0.0.1:8000", address))
+        for item in snippets("console", document=README)
+        for line in item.text.splitlines()
+        if line.startswith("$ curl")
+    )
+    with subprocess.Popen(listen, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as listening:
+        try:
+            lines = listening.stdout
+            assert lines is not None
+            assert lines.readline().startswith(":")
+            subprocess.run(say, check=True, capture_output=True)
+            assert any(line == 'data: {"text":"hi"}\n' for line in lines)
+        finally:
+            listening.kill()
+
+
 # Commands.
 
 
@@ -268,7 +290,8 @@ def test_every_command_is_shown() -> None:
 
 
 def test_flags_of_uvicorn_that_are_shown_exist() -> None:
-    known = {name for item in uvicorn.main.params if isinstance(item, click.Option) for name in item.opts}
+    options = [item for item in uvicorn.main.params if isinstance(item, click.Option)]
+    known = {name for item in options for name in (*item.opts, *item.secondary_opts)}
     shown = {word for line in command_lines("uvicorn") for word in line.split() if word.startswith("--")}
     assert "--ws-max-size" in shown
     assert shown <= known

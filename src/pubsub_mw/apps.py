@@ -28,7 +28,7 @@ def load_app(name: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in module_name.split(".")):
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in module_name.split(".")):
         raise AppNotFound(f"{name!r} is not the name of a module; name the app as myapp:app, not by its file")
     try:
         module = importlib.import_module(module_name)

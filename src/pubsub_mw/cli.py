@@ -10,9 +10,11 @@ Never:  shows a traceback for what the user can mend; puts a secret on the scree
 import asyncio
 import copy
 import dataclasses
+import difflib
 import errno
 import importlib.util
 import json
+import logging
 import logging.config
 import os
 import resource
@@ -45,6 +47,8 @@ from pubsub_mw.worker import Worker
 from pubsub_mw.worker.processes import run_until_signal, supervise
 
 __all__ = ["main", "serving"]
+
+log = logging.getLogger("pubsub_mw")
 
 _APP_VARIABLE = "PUBSUB_APP"
 """Carries the app's name to server processes, which import it themselves."""
@@ -159,6 +163,7 @@ def realtime(
         )
     listener = _bind(host, port)
     _announce(listener)
+    _announce_file_limit()
     _run("pubsub_mw.asgi:app", settings, listener, forwarded_allow_ips, workers=workers)
 
 
@@ -186,6 +191,11 @@ def worker(app: str, url: str | None, processes: int, threads: int, reload: bool
     if not reload:
         load_app(app)
     logging.config.dictConfig(_log_config())
+    if not (settings.requests or settings.authorize or settings.lifecycle):
+        log.warning(
+            "nothing will come: PUBSUB_REQUESTS is not set. It lists the paths that clients may request, such as "
+            "/rooms/*, and the realtime server goes by it"
+        )
     supervise(_work, (app, threads), processes, drain=settings.drain, reload=reload)
 
 
@@ -328,6 +338,9 @@ def doctor(url: str | None) -> None:
         if cure:
             click.echo(" " * 8 + "-> " + cure)
 
+    for name in _unknown_variables():
+        close = difflib.get_close_matches(name, _variables(), 1)
+        show("warning", f"{name} is no setting, and has no effect", f"did you mean {close[0]}?" if close else "")
     if settings.secret is None:
         cure = "set PUBSUB_SECRET to a long random text, the same for every process: openssl rand -hex 32"
         show("warning", "PUBSUB_SECRET is not set: one is made and kept in the broker", cure)
@@ -348,6 +361,14 @@ def doctor(url: str | None) -> None:
         asyncio.run(run())
     if faults:
         raise SystemExit(1)
+
+
+def _variables() -> list[str]:
+    return ["PUBSUB_GRANT", _APP_VARIABLE, *(f"PUBSUB_{knob.name.upper()}" for knob in dataclasses.fields(Settings))]
+
+
+def _unknown_variables() -> list[str]:
+    return sorted(name for name in os.environ if name.startswith("PUBSUB_") and name not in _variables())
 
 
 def _prepare(url: str | None, drain: float | None = None) -> Settings:
@@ -395,22 +416,31 @@ def _run(
     elif workers > 1:
         Multiprocess(config, sockets=[listener]).run()
     else:
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            return  # it has stopped in good order, and passes Ctrl+C on
         if not server.started:
             raise SystemExit(3)
 
 
-def _raise_file_limit() -> None:
-    """Let the processes have as many files open as the system allows them: each connection is one."""
+def _raise_file_limit() -> int:
+    """Let the processes have as many files open as the system allows: each connection is one. Returns how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError):
-            hard = soft  # macOS allows less than it says
-    if 0 <= hard < _MANY_FILES:
+            return soft  # macOS allows less than it says
+    return hard
+
+
+def _announce_file_limit() -> None:
+    """Say how many connections a process may hold, where that is few for a server of its own."""
+    files = _raise_file_limit()
+    if 0 <= files < _MANY_FILES:
         click.echo(
-            f"A process may hold about {hard:,} connections, as it may open so many files; "
+            f"A process may hold about {files:,} connections, as it may open so many files; "
             "more by ulimit -Hn, or systemd's LimitNOFILE",
             err=True,
         )

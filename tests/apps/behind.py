@@ -24,3 +24,8 @@ def seen() -> dict[str, object]:
 @app.get("/page")
 def page() -> str:
     return "<!doctype html><title>behind nginx</title><link rel=icon href='data:,'>"
+
+
+@app.post("/heard")
+def heard() -> tuple[str, int]:
+    return "", 204

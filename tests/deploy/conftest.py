@@ -69,16 +69,21 @@ def settings() -> dict[str, str]:
 
 
 @pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    return redis_server.url
+
+
+@pytest.fixture
 def deployment(
     settings: dict[str, str],
     processes: Processes,
-    redis_server: RedisServer,
+    redis_url: str,
     prefix: str,
     tmp_path: Path,
     raw_client: Connect,
 ) -> Deployment:
     env = {
-        "PUBSUB_URL": redis_server.url,
+        "PUBSUB_URL": redis_url,
         "PUBSUB_PREFIX": prefix,
         "PUBSUB_SECRET": SECRET,
         "PUBSUB_REQUESTS": "/seen",
@@ -91,7 +96,7 @@ def deployment(
     return Deployment(
         nginx=Nginx(processes, tmp_path, app.port, [server.port for server in servers]),
         servers=servers,
-        publisher=Publisher(redis_server.url, prefix=prefix, secret=SECRET),
+        publisher=Publisher(redis_url, prefix=prefix, secret=SECRET, history_size=100_000),
         processes=processes,
         env=env,
         _connect=raw_client,

@@ -3,13 +3,17 @@
 import asyncio
 import json
 import signal
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
+from playwright.async_api import Page
 from websockets.exceptions import InvalidStatus
 
 from tests.deploy.conftest import VISITOR, Connect, Deployment
-from tests.tools.clock import eventually_async
+from tests.tools.clock import MS, eventually_async
+from tests.tools.raw_client import Frame
+from tests.tools.raw_stream import RawStream
 from tests.tools.servers import Served
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -89,6 +93,106 @@ async def test_a_server_that_stops_hands_its_clients_to_the_other_one(deployment
         back = await deployment.connect()
         await back.hello(resume=hello["resume"], channels={prefix: at})
         assert (await back.recv("message"))["data"] == "meanwhile"
+
+
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+async def test_curl_hears_each_publication_at_once_though_nginx_buffers(
+    deployment: Deployment, prefix: str, version: str
+) -> None:
+    """The responses of the app are buffered, by default; a stream asks nginx not to."""
+    url = f"{deployment.nginx.url}/realtime/events?channel={prefix}"
+    command = ["curl", "-N", "-s", version, "--cacert", str(deployment.nginx.certificate), url]
+    curl = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert curl.stdout is not None
+    try:
+        async with asyncio.timeout(10_000 * MS):
+            await curl.stdout.readuntil(b"\n\n")  # the padding: it listens
+            for text in ("a", "<b>bold</b>", "c"):
+                position = await deployment.publish(prefix, text)
+                told = (await curl.stdout.readuntil(b"data: " + text.encode())).decode()
+                rest = (await curl.stdout.readuntil(b"\n\n")).decode()
+                assert f"id: {position}" in told + rest
+    finally:
+        curl.kill()
+        await curl.wait()
+
+
+async def test_what_is_sent_by_post_is_answered_on_the_stream(
+    deployment: Deployment, raw_stream: Callable[..., Awaitable[RawStream]]
+) -> None:
+    """No request of these needs the server that the one before had; nginx deals them out in turn."""
+    async with deployment.client(http2=True) as http:
+        origin = {"Origin": deployment.nginx.url}
+
+        async def send(frame: Frame, **fields: str) -> Frame:
+            answer = await http.post("/realtime/send", json={**fields, "frames": [frame]}, headers=origin)
+            assert answer.status_code == 200, answer.text
+            reply: Frame = answer.json()["frames"][0]
+            return reply
+
+        connected = await send({"type": "connect"})
+        resume = connected["resume"]
+        stream = await raw_stream(
+            f"{deployment.nginx.url}/realtime/events?frames=1",
+            headers={"Authorization": f"Bearer {resume}"},
+            ssl=deployment.nginx.trust,
+        )
+        assert (await stream.frame("connected"))["connection"] == connected["connection"]
+        for number in ("1", "2", "3"):
+            request = {"type": "request", "id": number, "method": "POST", "path": "/seen"}
+            assert (await send(request, resume=resume))["type"] == "accepted"
+            seen = json.loads((await stream.frame("response"))["body"])
+            assert (seen["address"], seen["scheme"], seen["origin"]) == (VISITOR, "https", deployment.nginx.url)
+
+        foreign = await http.post(
+            "/realtime/send", json={"frames": [{"type": "connect"}]}, headers={"Origin": "https://elsewhere.example"}
+        )
+        assert foreign.status_code == 403
+
+
+async def test_a_page_gets_every_message_while_each_server_is_replaced(
+    deployment: Deployment, prefix: str, browser_page: Page
+) -> None:
+    """By an EventSource, over HTTP/2, behind nginx that buffers by default."""
+    await browser_page.goto(f"{deployment.nginx.url}/page")
+    protocol = await browser_page.evaluate("performance.getEntriesByType('navigation')[0].nextHopProtocol")
+    assert protocol == "h2"
+    await browser_page.evaluate(
+        """(url) => new Promise((open) => {
+            window.heard = [];
+            window.source = new EventSource(url);
+            source.onopen = open;
+            source.onmessage = (event) => heard.push(Number(event.data));
+            source.addEventListener("gap", () => heard.push("gap"));
+        })""",
+        f"/realtime/events?channel={prefix}",
+    )
+    published = 0
+
+    async def keep_publishing() -> None:
+        nonlocal published
+        while True:
+            await deployment.publish(prefix, published)
+            published += 1
+            await asyncio.sleep(MS)
+
+    publishing = asyncio.create_task(keep_publishing())
+    for server in deployment.servers:
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(deployment.start_server, server.port)
+    for server in deployment.processes.started[-2:]:
+        await asyncio.to_thread(server.stop)  # both are gone for a moment
+    for server in deployment.servers:
+        await asyncio.to_thread(deployment.start_server, server.port)
+    publishing.cancel()
+    await asyncio.wait([publishing])
+
+    async def has_all() -> bool:
+        return bool(await browser_page.evaluate("heard.at(-1)") == published - 1)
+
+    await eventually_async(has_all, 20_000 * MS)
+    assert await browser_page.evaluate("heard") == list(range(published))
+    assert await browser_page.evaluate("source.readyState") == 1
 
 
 @pytest.mark.parametrize("settings", [{"PUBSUB_DRAIN": "4"}], ids=["slowly"])

@@ -490,13 +490,14 @@ async def test_a_cancellation_of_what_runs_reaches_the_worker(open_world: Open) 
 
 
 async def test_a_request_that_nobody_takes_is_answered_504_on_its_channel_and_the_next_follows(
-    open_world: Open,
+    open_world: Open, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = open_world(request_timeout=50 * MS, request_grace=50 * MS)
     world.put("a")
     (page,) = await eventually_async(lambda: pages(world))
     assert orjson.loads(page.frame)["status"] == 504
     assert page.reply == ".a"
+    assert "Is `pubsub-mw worker` running?" in caplog.text
 
 
 async def pages(world: World) -> tuple[Any, ...]:

@@ -37,12 +37,14 @@ class Nginx:
     Attributes:
         url: where a visitor finds all of it
         plain_url: the same over HTTP, which only redirects
+        certificate: its file
     """
 
     def __init__(self, processes: Processes, directory: Path, app_port: int, realtime_ports: Sequence[int]) -> None:
         self._directory = directory / "nginx"
         self._directory.mkdir()
         _write_certificate(self._directory)
+        self.certificate = self._directory / "certificate.pem"
         self.port, self.plain_port = free_port(), free_port()
         self.url = f"https://127.0.0.1:{self.port}"
         self.plain_url = f"http://127.0.0.1:{self.plain_port}"
@@ -79,7 +81,7 @@ class Nginx:
     @property
     def trust(self) -> ssl.SSLContext:
         """What a Python client needs to believe the certificate; a fresh one each time, since clients change it."""
-        return ssl.create_default_context(cafile=self._directory / "certificate.pem")
+        return ssl.create_default_context(cafile=self.certificate)
 
     def reload(self) -> None:
         """As `systemctl reload nginx`: new processes for new connections, the old ones for those that are open."""

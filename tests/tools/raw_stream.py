@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from ssl import SSLContext
 from typing import Any
 
 import httpx
@@ -64,9 +65,15 @@ class RawStream:
 
     @classmethod
     async def open(
-        cls, url: str, *, params: Any = None, headers: Mapping[str, str] | None = None, timeout: float = 5000 * MS
+        cls,
+        url: str,
+        *,
+        params: Any = None,
+        headers: Mapping[str, str] | None = None,
+        ssl: SSLContext | None = None,
+        timeout: float = 5000 * MS,
     ) -> "RawStream":
-        client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, read=None), trust_env=False)
+        client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, read=None), trust_env=False, verify=ssl or True)
         request = client.build_request("GET", url, params=params, headers=dict(headers or {}))
         async with asyncio.timeout(timeout):
             response = await client.send(request, stream=True)

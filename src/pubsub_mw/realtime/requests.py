@@ -227,6 +227,7 @@ class RequestGate(RequestCheck):
         self._tasks.spawn(self._time_out(connection, request_id, reply_to))
 
     async def _time_out(self, connection: ConnectionId, request_id: str, reply_to: Channel) -> None:
+        log.warning("a request is answered 504: no worker began to answer in time. Is `pubsub-mw worker` running?")
         body = b"no worker has begun to answer in time\n"
         head = protocol.response_head(request_id, 504, {"content-type": "text/plain; charset=utf-8"}, body)
         draft = build_answer_draft(self.settings, reply_to, head, answer_key(request_id), "." + request_id)

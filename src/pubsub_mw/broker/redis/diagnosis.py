@@ -27,10 +27,7 @@ __all__ = ["Finding", "Level", "diagnose"]
 
 _OLDEST = (6, 2)
 _ROUND_TRIPS = 20
-_RIGHTS = (
-    "+eval +evalsha +publish +subscribe +unsubscribe +hmget +hset +del +xadd +xrange +xrevrange "
-    "+pexpire +pttl +get +set +select +info"
-)
+_RIGHTS = "-@all +@read +@write +@pubsub +@scripting +@connection +time -@dangerous +info"
 
 
 class Level(StrEnum):
