@@ -33,7 +33,7 @@ class BentLink(MemorySubscriber):
         self._up: deque[tuple[str, Channel]] = deque()
         self._down: deque[tuple[str, bytes | None]] = deque()
         self._is_dark = False
-        self._is_held = False
+        self.is_held = False
         self.is_smooth = False
         self.keeps_over_loss = False
 
@@ -60,10 +60,10 @@ class BentLink(MemorySubscriber):
             self._broker.detach(self)
 
     def pause(self) -> None:
-        self._is_held = True
+        self.is_held = True
 
     def resume(self) -> None:
-        self._is_held = False
+        self.is_held = False
         self._flow()
 
     def offer(self, channel: str, item: bytes | Notice) -> None:
@@ -91,7 +91,7 @@ class BentLink(MemorySubscriber):
     def move_down(self, count: int) -> None:
         """Let the oldest events arrive, at once as far as they are publications."""
         arrived: dict[str, list[bytes]] = {}
-        for _ in range(0 if self._is_held else min(count, len(self._down))):
+        for _ in range(0 if self.is_held else min(count, len(self._down))):
             channel, payload = self._down.popleft()
             if payload is not None:
                 arrived.setdefault(channel, []).append(payload)

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pubsub_mw.broker.presence import Notice
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.model import Position
+from pubsub_mw.realtime.send_queue import Batch, SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 from tests.realtime.hub_world import HARSH_STEPS, KIND_STEPS, Client, World, spin
@@ -582,6 +584,133 @@ def test_a_slow_client_among_the_live_catches_up_alone_and_holds_up_nobody() -> 
         assert frames(slow) == ["message 11"]
 
     on_a_world(scenario, low_bytes=600)
+
+
+def test_a_fan_out_larger_than_a_turn_of_the_loop_goes_on_in_the_next_ones() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), clients = world.channels, world.clients
+        for client in clients:
+            await go_live(world, client)
+        world.publish(channel)
+        world.broker.link.move_down(99)
+        reached = []
+        for _ in range(6):
+            await asyncio.sleep(0)
+            reached.append(sum(client.queue.waiting_bytes > 0 for client in clients))
+        assert reached == [3, 6, 9, 10, 10, 10]
+
+    on_a_world(scenario, clients=10, fan_out_slice=3)
+
+
+def test_who_comes_and_goes_during_a_fan_out_gets_what_is_theirs_and_no_more() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (*clients, late, back) = world.channels, world.clients
+        for client in clients:
+            await go_live(world, client)
+        back.positions[channel] = world.broker.engine.position(channel)
+        world.broker.make_smooth()
+        world.publish(channel)
+        await asyncio.sleep(0)  # arrives
+        await asyncio.sleep(0)  # and goes to the first three
+        left = clients[-1]
+        left.unsubscribe(channel)
+        late.subscribe(channel, None)
+        back.subscribe(channel, back.positions[channel])
+        world.publish(channel)
+        world.publish(channel)
+        await asyncio.sleep(1)
+        for client in clients[:-1]:
+            assert frames(client) == ["message 1", "message 2", "message 3"]
+        assert left.queue.waiting_bytes == 0
+        assert frames(late) == ["subscribed None", "message 2", "message 3"]
+        assert frames(back) == ["subscribed True", "message 1", "message 2", "message 3"]
+
+    on_a_world(scenario, clients=12, fan_out_slice=3)
+
+
+def test_what_comes_during_a_fan_out_goes_out_as_one() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), clients = world.channels, world.clients
+        put: list[int] = []
+        for client in clients:
+            client.queue = _Watched(put)
+            await go_live(world, client)
+        for _ in range(20):
+            world.publish(channel)
+            world.broker.link.move_down(99)
+        await spin()
+        assert put == [1] * 10 + [19] * 10
+
+    on_a_world(scenario, clients=10, fan_out_slice=3, fan_out_bytes=1 << 20, recovery_buffer=100)
+
+
+class _Watched(SendQueue):
+    """A send queue that notes how many publications it is given at once."""
+
+    __slots__ = ("_put",)
+
+    def __init__(self, put: list[int]) -> None:
+        super().__init__(1_000_000, 10_000)
+        self._put = put
+
+    def put_batch(self, batch: Batch) -> None:
+        self._put.append(len(batch.frames))
+        super().put_batch(batch)
+
+
+def test_the_broker_is_left_unread_while_too_much_waits_for_a_fan_out() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), clients = world.channels, world.clients
+        for client in clients:
+            await go_live(world, client)
+        for _ in range(40):
+            world.publish(channel, size=100)
+            world.broker.link.move_down(1)
+        was_held = world.broker.link.is_held
+        assert was_held
+        assert world.hub._waiting_bytes < 2 * world.settings.fan_out_bytes
+        for _ in range(40):
+            await flow(world)
+        assert not world.broker.link.is_held
+        for client in clients:
+            assert frames(client) == [f"message {n}" for n in range(1, 41)]
+
+    on_a_world(scenario, clients=10, fan_out_slice=3, recovery_buffer=100)
+
+
+def test_a_link_that_breaks_during_a_fan_out_costs_nobody_a_publication() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), clients = world.channels, world.clients
+        for client in clients:
+            await go_live(world, client)
+        world.publish(channel)
+        world.publish(channel)
+        world.broker.link.move_down(1)
+        await asyncio.sleep(0)
+        world.broker.link.move_down(1)
+        world.broker.link.break_off()
+        world.publish(channel)
+        for _ in range(10):
+            await flow(world)
+        for client in clients:
+            assert frames(client) == ["message 1", "message 2", "message 3"]
+
+    on_a_world(scenario, clients=10, fan_out_slice=3)
+
+
+def test_a_notice_does_not_overtake_the_fan_out_before_it() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), clients = world.channels, world.clients
+        for client in clients:
+            await go_live(world, client)
+        told: list[list[bool]] = []
+        world.hub.on_presence = lambda _channel, _notice: told.append([c.queue.waiting_bytes > 0 for c in clients])
+        world.publish(channel)
+        world.broker.link.move_down(1)
+        world.hub.on_notice(channel, Notice("epoch", 1, True, "ada", b"null"))
+        assert told == [[True] * 10]
+
+    on_a_world(scenario, clients=10, fan_out_slice=3)
 
 
 def test_a_subscription_is_refused_when_the_broker_does_not_answer() -> None:
