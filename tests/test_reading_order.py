@@ -41,6 +41,7 @@ ORDER = [
     "realtime/wheel.py",
     "realtime/socket.py",
     "realtime/subscription.py",
+    "realtime/window.py",
     "realtime/hub.py",
     "realtime/presence.py",
     "realtime/control.py",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pubsub_mw.broker.presence import Notice
+from pubsub_mw.broker.redis.reader import AsyncRedisBroker
+from pubsub_mw.drafts import build_draft
 from pubsub_mw.errors import CloseCode
-from pubsub_mw.model import Position
+from pubsub_mw.model import Channel, ConnectionId, Position
+from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import Batch, SendQueue
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 from tests.realtime.hub_world import HARSH_STEPS, KIND_STEPS, Client, World, spin
 from tests.realtime.virtual_loop import run_virtually
+from tests.tools.clock import eventually_async
+from tests.tools.redis_server import RedisServer
 
 TIGHT = {
     "recovery_page_bytes": 1_024,
@@ -346,6 +352,97 @@ def test_after_a_broken_link_one_read_serves_everybody() -> None:
         assert world.broker.read_count == before + 1
 
     on_a_world(scenario, clients=50)
+
+
+def test_those_who_come_back_one_after_another_to_a_channel_in_use_cost_one_read() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, *clients) = world.channels, world.clients
+        await go_live(world, live)
+        start = live.positions[channel]
+        for _ in range(3):
+            world.publish(channel)
+        await flow(world)
+        before = world.broker.read_count
+        for number, client in enumerate(clients):
+            client.positions[channel] = start
+            told = await go_live(world, client, start)
+            assert told == ["subscribed True", *(f"message {n}" for n in range(1, number + 4))]
+            world.publish(channel)
+            await flow(world)
+        assert world.broker.read_count == before + 1
+        await asyncio.sleep(3)
+        assert not world.hub._windows
+        assert frames(live) == [f"message {n}" for n in range(1, 23)]
+
+    on_a_world(scenario, clients=20, recovery_page_bytes=100_000)
+
+
+def test_a_window_is_no_way_around_a_loss() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, first, second, third) = world.channels, world.clients
+        await go_live(world, live)
+        start = live.positions[channel]
+        world.publish(channel)
+        await flow(world)
+        first.positions[channel] = second.positions[channel] = third.positions[channel] = start
+        await go_live(world, first, start)
+        world.broker.link.break_off()
+        world.broker.engine.lose()
+        await flow(world)
+        assert frames(live) == ["message 1", "gap epoch"]
+        assert await go_live(world, second, start) == ["subscribed False"]
+        world.publish(channel)
+        await flow(world)
+        assert await go_live(world, third, start) == ["subscribed False"]
+        assert frames(second) == ["message 2"]
+
+    on_a_world(scenario, clients=4, recovery_page_bytes=100_000)
+
+
+@pytest.mark.anyio
+async def test_a_mass_reconnect_costs_redis_one_read_per_channel(own_redis: RedisServer) -> None:
+    options = Settings.build(own_redis.url, environ={}, check_interval=NO_CHECK)
+    broker = AsyncRedisBroker(options)
+    channels = [Channel(f"room:{number}") for number in range(10)]
+    starts = await broker.publish([build_draft(options, channel, 0) for channel in channels])
+    for number in range(1, 21):
+        await broker.publish([build_draft(options, channel, number) for channel in channels])
+    hub = Hub(broker, options)
+    running = asyncio.create_task(hub.run())
+    await broker.read([(channels[0], None)], page_bytes=1)  # from now on Redis knows the script
+    before = _script_calls(own_redis)
+    queues: list[SendQueue] = []
+    for wave in range(20):
+        settled = []
+        for number in range(50):
+            queues.append(SendQueue(1 << 20, 1 << 18))
+            settled.append(asyncio.get_running_loop().create_future())
+            channel, start = channels[number % 10], starts[number % 10]
+            client = ConnectionId(f"c{wave}-{number}")
+            hub.subscribe(Subscription(channel, client, queues[-1], start, settled=settled[-1]))
+        assert all(await asyncio.gather(*settled))
+        # The channels are hot: each moves on between two waves.
+        delivered = hub.publications_delivered
+        await broker.publish([build_draft(options, channel, 21 + wave) for channel in channels])
+        await eventually_async(partial(_has_delivered, hub, delivered + 50 * (wave + 1)))
+    publications = 20 * 10
+    assert _script_calls(own_redis) - before <= publications + 10
+    for queue in queues:
+        told = [json.loads(frame) for frame in queue.take_nowait()]
+        assert told[0]["recovered"] is True
+        assert [frame["data"] for frame in told[1:]] == list(range(1, 41))
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await broker.close()
+
+
+def _has_delivered(hub: Hub, count: int) -> bool:
+    return hub.publications_delivered >= count
+
+
+def _script_calls(server: RedisServer) -> int:
+    stats = server.cli("INFO", "commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("eval", "evalsha"))
 
 
 def test_more_live_publications_than_are_remembered_during_a_read_are_read_again() -> None:

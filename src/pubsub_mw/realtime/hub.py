@@ -12,7 +12,8 @@ missed, then what is in `recent`, is sent, and the subscription goes live: all w
 
 A channel is stale when its track met anything but the next publication, or when the link to the broker was made
 anew. Nothing goes out on a stale channel until history was read. Reads are done by a few workers, each for many
-channels in one round trip, so that a reconnect of everybody costs one read per channel.
+channels in one round trip, and what was read for one is kept for a moment for others (`Window`), so that a reconnect of
+everybody costs one read per channel.
 
 What arrives on a channel at once goes out as one batch, in the same turn of the event loop. A fan-out too large for one
 turn (`_FanOut`) begins in the next one, and takes as many as it needs. It is for those who were live when it was
@@ -36,6 +37,7 @@ from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.model import Channel, ConnectionId, HistoryPage, Position, Publication
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.subscription import GapReason, Run, Subscription, Track, catch_up, runs_of
+from pubsub_mw.realtime.window import Window
 from pubsub_mw.settings import Settings
 
 __all__ = ["Hub"]
@@ -51,6 +53,9 @@ _REREAD_SECONDS = 0.01
 
 _PAGES_AT_ONCE = 16
 """Whole pages that one round trip may bring; the pages of a larger batch are smaller."""
+
+_WINDOW_SECONDS, _MOST_WINDOWS = 2.0, 64
+"""How long what was read for somebody who came back is kept for others, and of how many channels."""
 
 _NOBODY: dict[Subscription, None] = {}
 """Shared, and never added to."""
@@ -92,6 +97,7 @@ class _Channel:
         "recent",
         "track",
         "waiting",
+        "window",
     )
 
     def __init__(self, name: Channel) -> None:
@@ -105,6 +111,7 @@ class _Channel:
         self.is_reading = False
         self.recent: list[bytes] | None = None  # what came live since the read under way began
         self.fan_out: _FanOut | None = None
+        self.window: Window | None = None  # what was read last, while others may want the same
 
     def wait(self, subscription: Subscription) -> None:
         if self.waiting is _NOBODY:
@@ -137,6 +144,7 @@ class Hub:
         self._left = 0  # deliveries that may still be made in this turn
         self._waiting_bytes = 0  # of payloads that wait for a fan-out
         self._is_paused = False
+        self._windows: dict[_Channel, None] = {}  # of channels that have one, the oldest first
         self.on_presence: Callable[[str, Notice | None], None] = lambda _channel, _notice: None
         """Told of each notice, and of None when a channel's notices may have been missed."""
         self.gaps_told = 0
@@ -191,7 +199,7 @@ class Hub:
         track = channel.track
         if track is not None and channel.is_settled and subscription.position in (None, track.position):
             self._join(channel, subscription, track.position)
-        elif channel.is_confirmed:
+        elif channel.is_confirmed and not self._serve(channel, subscription):
             self._want(channel)
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -205,6 +213,7 @@ class Hub:
             if not channel.live and not channel.waiting:
                 del self._channels[channel.name]
                 self._wanted.pop(channel, None)
+                self._forget(channel)
                 self._subscriber.unsubscribe(channel.name)
 
     # What the broker's subscriber tells.
@@ -263,6 +272,8 @@ class Hub:
         except ValueError as error:
             log.error("ignored %d publications on %s, one of which is not ours: %s", len(payloads), channel.name, error)
             runs, is_whole = [], False
+        if channel.window is not None:
+            channel.window.extend(_ours(payloads))
         for run in runs:
             self.publications_delivered += len(channel.live) * len(run.frames)
         if runs:
@@ -330,6 +341,36 @@ class Hub:
         if self._is_paused and self._waiting_bytes <= self._settings.fan_out_bytes // 2:
             self._is_paused = False
             self._subscriber.resume()
+
+    def _serve(self, channel: _Channel, subscription: Subscription) -> bool:
+        """Let a waiting subscription catch up from what was read for others, if that is enough."""
+        track, window, position = channel.track, channel.window, subscription.position
+        if window is None or track is None or position is None or not channel.is_settled:
+            return False
+        runs = window.after(position) if window.top == track.position and subscription.send_queue.is_low else None
+        if runs is None:
+            return False
+        window.used_at = asyncio.get_running_loop().time()
+        self._begin(subscription, position, True)
+        for run in runs:
+            _put(subscription, run)
+        self._join(channel, subscription, track.position)
+        return True
+
+    def _remember(self, channel: _Channel, track: Track, publications: Sequence[Publication]) -> None:
+        """Keep what was read for those who come back next, if it leads up to the track."""
+        window = Window(publications[0].previous, self._settings.recovery_page_bytes)
+        window.extend(publications)
+        if window.top == track.position:
+            if len(self._windows) >= _MOST_WINDOWS:
+                self._forget(next(iter(self._windows)))
+            window.used_at = asyncio.get_running_loop().time()
+            channel.window = window
+            self._windows[channel] = None
+
+    def _forget(self, channel: _Channel) -> None:
+        channel.window = None
+        self._windows.pop(channel, None)
 
     def _join(self, channel: _Channel, subscription: Subscription, position: Position) -> None:
         """Make a waiting subscription live; it has been sent everything up to the channel's track."""
@@ -439,6 +480,10 @@ class Hub:
             self._settle_place(channel, track, position, subscriptions, page, recent)
         if was_stale and not channel.is_stale and recent:
             self._offer(channel, track, recent)
+        if page.publications and not channel.is_stale and any(position is not None for position in places):
+            self._remember(channel, track, [*page.publications, *_ours(recent)])
+        for subscription in [item for item in channel.waiting if item not in read.waiting]:
+            self._serve(channel, subscription)
         if len(recent) > self._settings.recovery_buffer:
             self._want(channel)
         elif self._needs_read(channel):
@@ -568,11 +613,15 @@ class Hub:
                     await asyncio.sleep(pause)
 
     async def _refuse(self) -> None:
-        """Refuse subscriptions that the broker has not answered within `broker_timeout`."""
+        """Refuse subscriptions that the broker has not answered within `broker_timeout`; forget windows nobody uses."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(0.25, self._settings.broker_timeout / 4))
             deadline = loop.time() - self._settings.broker_timeout
+            for channel in [
+                item for item in self._windows if item.window and item.window.used_at < loop.time() - _WINDOW_SECONDS
+            ]:
+                self._forget(channel)
             for subscription in self._unsettled:
                 if not subscription.send_queue.is_low:
                     self._unsettled[subscription] = loop.time()  # it is the client that keeps it waiting
