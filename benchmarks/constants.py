@@ -9,14 +9,13 @@ process, bytes on the wire.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
 import redis
 
-from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, drive, hold
-from benchmarks.scenarios import resident_bytes, wait_until_quiet
+from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, drive, hold
+from benchmarks.scenarios import cpu_seconds, resident_bytes, wait_until_quiet
 from benchmarks.servers import ALONE, ours, take_core
 from pubsub_mw import Publisher
 from tests.tools.redis_server import RedisServer
@@ -132,14 +131,6 @@ def plan(connections: int, constants: Constants) -> list[str]:
         f"  one publication to everybody: each process is busy for {everybody:.2f} s",
         f"  everybody connects anew: {connections / processes / constants['connects/s']:,.0f} s",
     ]
-
-
-def cpu_seconds(server: Server) -> float:
-    ticks = 0
-    for pid in server.pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _slab_bytes() -> int:

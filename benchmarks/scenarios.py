@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.loadgen import Server, Wrong, drive, hold
 
-__all__ = ["SCENARIOS", "Result", "Scenario", "resident_bytes", "wait_until_quiet"]
+__all__ = ["SCENARIOS", "Result", "Scenario", "cpu_seconds", "resident_bytes", "wait_until_quiet"]
 
 _SUBSCRIBERS = 1_000
 _IDLE = 5_000
@@ -123,13 +123,24 @@ def resident_bytes(server: Server) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_seconds(server: Server) -> float:
+    ticks = 0
+    for pid in server.pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def wait_until_quiet(server: Server) -> None:
-    """Wait until the server has closed what the clients left."""
+    """Wait until the server has closed what the clients left, and has done what it does then."""
     deadline = time.monotonic() + _QUIET_SECONDS
-    while _connections_of(server.port):
+    busy = True
+    while busy or _connections_of(server.port):
         if time.monotonic() > deadline:
-            raise Wrong(f"{server.name} does not close connections that are gone")
-        time.sleep(0.05)
+            raise Wrong(f"{server.name} does not come to rest after its connections are gone")
+        spent = cpu_seconds(server)
+        time.sleep(0.2)
+        busy = cpu_seconds(server) - spent > 0.05
 
 
 def _connections_of(port: int) -> int:
