@@ -72,6 +72,8 @@ def build_draft(
     if not isinstance(event, str) or not 0 < len(event) <= _MAX_EVENT_LENGTH or not event.isprintable():
         raise ValueError(f"event {event!r:.80} must be 1 to {_MAX_EVENT_LENGTH} printable characters")
     if exclude is not None:
+        if not isinstance(exclude, str):
+            raise TypeError(f"exclude={exclude!r:.80} must be the id of a connection, which is a text")
         check_channel(f"{CONNECTION_PREFIX}{exclude}")
     if idempotency_key is not None and not (
         isinstance(idempotency_key, str) and 0 < len(idempotency_key) <= _MAX_KEY_LENGTH and _is_utf8(idempotency_key)

@@ -305,7 +305,7 @@ class RequestConnection:
     Attributes:
         id: of the connection; give it to `exclude` to leave the sender out
         user: who the connection's grant says it is, or None
-        transport: `websocket`
+        transport: `websocket`, `sse` or `longpoll`
         message_id: the id that the client gave the request; the same when it is sent again
         delivery_count: 1, or more when a worker died while it ran this request
     """
@@ -324,7 +324,7 @@ class Request:
     Attributes:
         connection: who asks
         user: who the connection's grant says it is, or None
-        transport: `websocket`
+        transport: `websocket`, `sse` or `longpoll`
         id: chosen by the client, unique on its connection
         method: in capitals
         path: decoded, without the query string

@@ -87,6 +87,7 @@ __all__ = [
     "leave",
     "message_head",
     "message_tail",
+    "position_of",
     "read_command",
     "response_chunk_head",
     "response_end_head",
@@ -352,6 +353,7 @@ def message_head(channel: str, event: str, data: bytes) -> bytes:
 message_tail = b'"}'
 """What closes a frame after its position."""
 
+_BEFORE_POSITION = b',"position":"'
 _MESSAGE = re.compile(rb'\{"type":"message","channel":"([^"\\]+)","event":"((?:[^"\\]|\\.)*)","data":')
 
 
@@ -377,9 +379,13 @@ def split_message(frame: bytes) -> MessageParts | None:
     head = _MESSAGE.match(frame)
     if head is None:
         return None
-    end = frame.rindex(b',"position":"')
-    position = frame[end + 13 : -len(message_tail)].decode()
-    return MessageParts(head[1].decode(), head[2], memoryview(frame)[head.end() : end], position)
+    end = frame.rindex(_BEFORE_POSITION)
+    return MessageParts(head[1].decode(), head[2], memoryview(frame)[head.end() : end], position_of(frame))
+
+
+def position_of(frame: bytes) -> str:
+    """Return the position of a publication's frame, without reading what comes before it."""
+    return frame[frame.rindex(_BEFORE_POSITION) + len(_BEFORE_POSITION) : -len(message_tail)].decode()
 
 
 def response_head(request_id: str, status: int, headers: Mapping[str, str], body: bytes) -> bytes:

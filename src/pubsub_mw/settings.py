@@ -88,6 +88,11 @@ class Settings:
         max_resume_channels_bytes: of the channels and positions, as JSON, that `connect` by `send` puts into
             the resume token, which travels in a header
         ticket_ttl: for which a ticket can be shown instead of a resume token
+        max_publish_bytes: of one POST to `publish`
+        max_publish_items: publications in one POST to `publish`
+        max_poll_wait: for which a poll may ask to be kept when there is nothing to tell
+        max_poll_bytes: of frames in the answer to one poll, after at least one; the rest is for the next
+        channel_linger: for which a channel is followed after its last listener left: polls leave after each answer
         connect_timeout: for the first frame, `connect`, or the body of a POST, to come
         ping_interval: between the server's pings
         ping_timeout: for anything to come from the client after a ping, else NO_PONG
@@ -145,6 +150,11 @@ class Settings:
     max_send_bytes: int = _number(65_536, 256, 1 << 30)
     max_send_frames: int = _number(32, 1, 10_000)
     max_resume_channels_bytes: int = _number(4_096, 2, 1 << 20)
+    max_publish_bytes: int = _number(4 << 20, 256, 1 << 30)
+    max_publish_items: int = _number(1_000, 1, 1_000_000)
+    max_poll_wait: float = _number(50.0, 0.0, 3_600)
+    max_poll_bytes: int = _number(1 << 18, 1, 1 << 30)
+    channel_linger: float = _number(5.0, 0.0, 3_600)
     ticket_ttl: float = _number(30.0, 1, 3_600)
     connect_timeout: float = _number(10.0, 0.001, 3_600)
     ping_interval: float = _number(25.0, 0.01, 86_400)

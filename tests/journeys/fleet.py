@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+from httpx_sse import EventSource
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -22,7 +24,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from pubsub_mw import AsyncPublisher, PublishError
 from tests.tools.clock import MS, eventually_async
 
-__all__ = ["Listener", "Publishing", "closing", "listeners", "run"]
+__all__ = ["TRANSPORTS", "Listener", "Publishing", "closing", "listeners", "run"]
+
+
+TRANSPORTS = ("websocket", "sse", "longpoll")
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -53,16 +58,21 @@ class Listener:
     """One client that comes back after every end, at the next server, from where it had come.
 
     Args:
-        urls: of servers, taken in turn
+        urls: of servers, taken in turn; each poll goes to the next one
+        transport: one of `TRANSPORTS`; may be changed, which counts when it comes back the next time
         remembers: whether it gives positions back; one that does not is no client of ours, but shows what a check finds
     """
 
-    def __init__(self, urls: Sequence[str], channels: Sequence[str], *, remembers: bool = True) -> None:
+    def __init__(
+        self, urls: Sequence[str], channels: Sequence[str], transport: str = "websocket", *, remembers: bool = True
+    ) -> None:
         self._urls = urls
+        self.transport = transport
         self._next_url = random.randrange(len(urls))
         self._remembers = remembers
         self._resume: str | None = None
         self._websocket: ClientConnection | None = None
+        self._attempt: asyncio.Task[None] | None = None
         self._later: set[asyncio.Task[None]] = set()
         self.heard = {channel: Heard() for channel in channels}
         self.wrong: list[str] = []
@@ -81,8 +91,10 @@ class Listener:
 
     def drop(self) -> None:
         """Lose the connection without a word."""
-        if self._websocket is not None:
+        if self.transport == "websocket" and self._websocket is not None:
             self._websocket.transport.abort()
+        elif self._attempt is not None:
+            self._attempt.cancel()
 
     def start(self) -> None:
         """Listen, from where it had come."""
@@ -98,52 +110,130 @@ class Listener:
             heard.is_listening = False
 
     async def _live(self) -> None:
+        attempts = {"websocket": self._by_websocket, "sse": self._by_stream, "longpoll": self._by_polls}
         while True:
-            url = self._urls[self._next_url % len(self._urls)]
-            self._next_url += 1
-            with contextlib.suppress(OSError, ConnectionClosed, InvalidHandshake, TimeoutError, EOFError):
-                async with connect_websocket(
-                    url,
-                    compression=None,
-                    ping_interval=None,
-                    proxy=None,
-                    open_timeout=2,
-                    close_timeout=0.1,
-                    max_size=None,
-                ) as websocket:
-                    self._websocket = websocket
-                    await self._listen(websocket)
+            self._attempt = asyncio.create_task(attempts[self.transport]())
+            try:
+                await asyncio.wait({self._attempt})
+            finally:
+                self._attempt.cancel()
+            if not self._attempt.cancelled() and self._attempt.exception() is not None:
+                self.wrong.append(f"the client failed: {self._attempt.exception()!r}")
             for heard in self.heard.values():
                 heard.is_listening = False
             await asyncio.sleep(random.uniform(10, 50) * MS)
 
+    def _url(self) -> str:
+        self._next_url += 1
+        return self._urls[(self._next_url - 1) % len(self._urls)]
+
+    async def _by_websocket(self) -> None:
+        with contextlib.suppress(OSError, ConnectionClosed, InvalidHandshake, TimeoutError, EOFError):
+            async with connect_websocket(
+                self._url(),
+                compression=None,
+                ping_interval=None,
+                proxy=None,
+                open_timeout=2,
+                close_timeout=0.1,
+                max_size=None,
+            ) as websocket:
+                self._websocket = websocket
+                await self._listen(websocket)
+
+    async def _by_stream(self) -> None:
+        """Listen to one stream with `frames=1`, read by a parser that is not ours."""
+        positions = self._positions()
+        async with self._http() as http:
+            with contextlib.suppress(httpx.TransportError):
+                url = self._url().replace("ws://", "http://") + "events"
+                async with http.stream("GET", url, params=tuple(self._query(positions, frames="1"))) as response:
+                    if response.status_code == 200:
+                        async for event in EventSource(response).aiter_sse():
+                            is_taken = not event.data or self._take(json.loads(event.data), positions)
+                            if not is_taken or self.transport != "sse":
+                                return
+
+    async def _by_polls(self) -> None:
+        positions, cursor = self._positions(), ""
+        async with self._http() as http:
+            with contextlib.suppress(httpx.TransportError):
+                if self._resume is None:
+                    hello = {"frames": [{"type": "connect"}]}
+                    response = await http.post(self._url().replace("ws://", "http://") + "send", json=hello)
+                    if response.status_code != 200:
+                        return
+                    (connected,) = response.json()["frames"]
+                    if not self._take(connected, positions):
+                        return
+                while self.transport == "longpoll":
+                    query = self._query({} if cursor else positions, wait="5")
+                    url = self._url().replace("ws://", "http://") + "poll"
+                    if cursor:
+                        query += [("cursor", cursor), *(("channel", name) for name in positions)]
+                    response = await http.get(url, params=tuple(query), headers=self._headers())
+                    if response.status_code != 200:
+                        return
+                    answer = response.json()
+                    self.connection_count += not cursor
+                    # One after another with nothing in between: a client that dies now has taken all of it or nothing.
+                    going_on = [self._take(frame, positions) for frame in answer["frames"]]
+                    cursor = answer["cursor"]
+                    if not all(going_on):
+                        return
+
+    def _http(self) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(2, read=40)
+        return httpx.AsyncClient(timeout=timeout, trust_env=False, headers=self._headers())
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._resume}"} if self._resume is not None else {}
+
+    def _positions(self) -> dict[str, str | None]:
+        return {name: heard.position if self._remembers else None for name, heard in self.heard.items()}
+
+    @staticmethod
+    def _query(positions: dict[str, str | None], **fields: str) -> list[tuple[str, str]]:
+        query = [pair for name, at in positions.items() for pair in (("channel", name), ("position", at or ""))]
+        return query + list(fields.items())
+
     async def _listen(self, websocket: ClientConnection) -> None:
-        positions = {name: heard.position if self._remembers else None for name, heard in self.heard.items()}
+        positions = self._positions()
         hello: dict[str, Any] = {"type": "connect", "channels": positions}
         if self._resume is not None:
             hello["resume"] = self._resume
         await websocket.send(json.dumps(hello))
         async for raw in websocket:
             frame = json.loads(raw)
-            self.frame_count += 1
-            match frame["type"]:
-                case "message":
-                    self._message(self.heard[frame["channel"]], frame)
-                case "subscribed":
-                    self._subscribed(self.heard[frame["channel"]], frame, positions[frame["channel"]])
-                case "gap":
-                    self._told(self.heard[frame["channel"]], frame["reason"], frame["position"])
-                case "connected":
-                    self._resume = frame["resume"]
-                    self.connection_count += 1
-                case "ping":
-                    await websocket.send('{"type":"pong"}')
-                case "error" if frame["code"] == "unavailable":
-                    self._later.add(asyncio.create_task(self._ask_again(websocket, frame["channel"], positions)))
-                case "disconnect":
-                    pass
-                case _:
-                    self.wrong.append(f"unexpected {raw!r:.200}")
+            if frame["type"] == "ping":
+                await websocket.send('{"type":"pong"}')
+            if not self._take(frame, positions):
+                self._later.add(asyncio.create_task(self._ask_again(websocket, frame["channel"], positions)))
+            if self.transport != "websocket":
+                return
+
+    def _take(self, frame: dict[str, Any], positions: dict[str, str | None]) -> bool:
+        """Take one frame; False if its channel is to be asked for again."""
+        self.frame_count += 1
+        match frame["type"]:
+            case "message":
+                self._message(self.heard[frame["channel"]], frame)
+            case "subscribed" | "gap" if frame["channel"].startswith("#"):
+                pass  # of its own, by a poll
+            case "subscribed":
+                self._subscribed(self.heard[frame["channel"]], frame, positions[frame["channel"]])
+            case "gap":
+                self._told(self.heard[frame["channel"]], frame["reason"], frame["position"])
+            case "connected":
+                self._resume = frame["resume"]
+                self.connection_count += 1
+            case "error" if frame["code"] == "unavailable":
+                return False
+            case "ping" | "disconnect":
+                pass
+            case _:
+                self.wrong.append(f"unexpected {frame!r:.200}")
+        return True
 
     async def _ask_again(self, websocket: ClientConnection, channel: str, positions: dict[str, str | None]) -> None:
         await asyncio.sleep(200 * MS)
@@ -183,10 +273,12 @@ class Listener:
 
 @contextlib.asynccontextmanager
 async def listeners(
-    count: int, urls: Sequence[str], *channels: str, remembers: bool = True
+    count: int, urls: Sequence[str], *channels: str, remembers: bool = True, transports: Sequence[str] = TRANSPORTS
 ) -> AsyncIterator[list[Listener]]:
-    """Have `count` clients listening; at the end they stop, and none may have met anything wrong."""
-    clients = [Listener(urls, channels, remembers=remembers) for _ in range(count)]
+    """Have `count` clients listening, by each transport in turn; at the end they stop."""
+    clients = [
+        Listener(urls, channels, transports[number % len(transports)], remembers=remembers) for number in range(count)
+    ]
     try:
         await eventually_async(lambda: all(client.is_listening for client in clients), 10_000 * MS)
         yield clients

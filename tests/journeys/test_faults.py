@@ -308,7 +308,7 @@ def test_a_client_that_gives_no_position_back_is_caught_by_the_check(stage: Stag
 
     async def main() -> None:
         async with (
-            listeners(CLIENTS, stage.urls, *CHANNELS, remembers=False) as forgetful,
+            listeners(CLIENTS, stage.urls, *CHANNELS, remembers=False, transports=["websocket"]) as forgetful,
             stage.playing() as (publishing, fleet),
         ):
             for _ in range(5):

@@ -1,5 +1,6 @@
 """Cursors: several positions in one text that an SSE id, a header and a query can carry."""
 
+import json
 import re
 
 import pytest
@@ -61,3 +62,37 @@ def test_it_follows_what_is_sent() -> None:
     )
     cursor.follow(b'{"type":"ping"}', "#connection-1")
     assert [cursor.at(name) for name in ("a", "b", "#connection-1")] == ["e.5.t", "f.1.t", "g.2.t"]
+
+
+def subscribed_frame(recovered: bool | None, **fields: object) -> bytes:
+    position = "e.5.t"
+    frame = {"type": "subscribed", "channel": "a", "position": position, "recovered": recovered, **fields}
+    return json.dumps(frame).encode()
+
+
+def test_a_poller_is_told_what_it_does_not_know() -> None:
+    cursor = Cursor("a")
+    assert cursor.follow(subscribed_frame(None), "")
+    assert not cursor.follow(subscribed_frame(True), "")
+    assert cursor.follow(subscribed_frame(False), "")
+    assert not cursor.follow(b'{"type":"ping"}', "")
+    error = b'{"type":"error","code":"forbidden","message":"no","channel":"b"}'
+    assert [cursor.follow(error, "") for _ in range(2)] == [True, False]
+    unavailable = error.replace(b"forbidden", b"unavailable")
+    assert [cursor.follow(unavailable, "") for _ in range(2)] == [True, True]
+    again = Cursor.parse(str(cursor), "a")
+    assert not again.follow(error, "")
+    assert again.at("b") is None
+
+
+def test_members_are_told_when_they_are_others_whatever_their_order() -> None:
+    ann, bob = {"user": "ann", "info": {"x": 1, "y": 2}}, {"user": "bob", "info": None}
+    cursor = Cursor("a")
+    assert cursor.follow(subscribed_frame(None, members=[ann, bob]), "")
+    cursor = Cursor.parse(str(cursor), "a")
+    assert not cursor.follow(subscribed_frame(True, members=[bob, {"info": {"y": 2, "x": 1}, "user": "ann"}]), "")
+    assert cursor.follow(subscribed_frame(True, members=[ann]), "")
+    assert cursor.follow(json.dumps({"type": "join", "channel": "a", "member": bob}).encode(), "")
+    assert not cursor.follow(subscribed_frame(True, members=[ann, bob]), "")
+    assert cursor.follow(json.dumps({"type": "leave", "channel": "a", "member": ann}).encode(), "")
+    assert not cursor.follow(subscribed_frame(True, members=[bob]), "")

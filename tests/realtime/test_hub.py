@@ -26,6 +26,7 @@ from tests.tools.clock import eventually_async
 from tests.tools.redis_server import RedisServer
 
 TIGHT = {
+    "channel_linger": 0,
     "recovery_page_bytes": 1_024,
     "recovery_buffer": 4,
     "resync_batch": 2,

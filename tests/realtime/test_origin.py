@@ -3,7 +3,7 @@
 import pytest
 
 from pubsub_mw.model import Handshake
-from pubsub_mw.realtime.origin import refuse_origin
+from pubsub_mw.realtime.origin import names_origin, refuse_origin
 
 
 def handshake(*headers: tuple[str, str]) -> Handshake:
@@ -115,3 +115,21 @@ def test_a_refusal_shows_no_cookie() -> None:
     )
     assert refusal is not None
     assert "CANARY" not in refusal
+
+
+@pytest.mark.parametrize(
+    ("site", "is_allowed"),
+    [(None, True), ("same-origin", True), ("none", True), ("same-site", False), ("cross-site", False)],
+)
+def test_a_get_without_an_origin_is_not_to_come_from_another_site(site: str | None, is_allowed: bool) -> None:
+    headers = [("host", "good.example"), ("cookie", "session=x")]
+    if site is not None:
+        headers.append(("sec-fetch-site", site))
+    refusal = refuse_origin(handshake(*headers), (), may_lack_origin=True)
+    assert (refusal is None) == is_allowed
+
+
+def test_an_origin_is_named_exactly_or_not_at_all() -> None:
+    named = ("https://good.example", "*")
+    assert names_origin(named, "https://GOOD.example:443")
+    assert not any(names_origin(named, origin) for origin in ("https://evil.example", "*", "null", ""))

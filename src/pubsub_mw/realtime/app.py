@@ -1,7 +1,8 @@
 """Route requests to transports, and start and stop what they share.
 
 In:     ASGI scopes below the mount
-Out:    WebSockets and streams served; `client.js`, `client.d.ts`, `health`
+Out:    WebSockets, streams and polls served; what is sent and published by POST; `client.js`, `client.d.ts`,
+        `openapi.json`, `health`
 Owns:   the broker, the hub and the task that runs it, per event loop; the drain, also on SIGTERM where the server
         gives a lifespan
 Never:  needs a lifespan: a mounted app gets none, so everything starts on first use
@@ -36,7 +37,9 @@ from pubsub_mw.publisher import AsyncPublisher, warn_of_secret
 from pubsub_mw.realtime.connection import Shared
 from pubsub_mw.realtime.http import Endpoint, Refusal, json_response
 from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.longpoll import answer_poll
 from pubsub_mw.realtime.origin import refuse_origin
+from pubsub_mw.realtime.publish import DESCRIPTION, answer_publish
 from pubsub_mw.realtime.script import slim
 from pubsub_mw.realtime.send import answer_frames
 from pubsub_mw.realtime.sse import refuse_events, serve_events
@@ -77,6 +80,9 @@ class Realtime(Starlette):
                 Route("/", _hint),
                 Route("/health", self._health),
                 Route("/send", Endpoint(self.settings, "POST", self._send)),
+                Route("/publish", Endpoint(self.settings, "POST", self._publish)),
+                Route("/openapi.json", _describe),
+                Route("/poll", Endpoint(self.settings, "GET", self._poll)),
                 Route("/events", Endpoint(self.settings, "GET", self._events, refuse_events)),
                 Route(
                     "/client.js", _Static(slim(static.joinpath("client.js").read_text()).encode(), "text/javascript")
@@ -195,9 +201,22 @@ class Realtime(Starlette):
         finally:
             leave()
 
+    async def _poll(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
+        shared = await self._checked(handshake, may_lack_origin=True)
+        leave = self._admit(handshake)
+        try:
+            answer = await answer_poll(scope, receive, shared, handshake)
+        finally:
+            leave()
+        await json_response(answer)(scope, receive, send)
+
     async def _send(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
         shared = await self._checked(handshake)
         await json_response(await answer_frames(receive, shared, handshake))(scope, receive, send)
+
+    async def _publish(self, scope: Scope, receive: Receive, send: Send, handshake: Handshake) -> None:
+        shared = await self._checked(handshake, may_lack_origin=True)
+        await json_response(await answer_publish(receive, shared, handshake))(scope, receive, send)
 
     def _admit(self, handshake: Handshake) -> Callable[[], None]:
         """Admit who may stay for a while, and count it until what is returned is called.
@@ -322,6 +341,11 @@ class _Static:
         else:
             response = Response(self._content, media_type=self._media_type, headers=headers)
         await response(scope, receive, send)
+
+
+async def _describe(request: Request) -> Response:
+    servers = [{"url": request.scope.get("root_path") or "/"}]
+    return JSONResponse({**DESCRIPTION, "servers": servers}, headers={"cache-control": "no-cache"})
 
 
 async def _hint(_request: Request) -> Response:

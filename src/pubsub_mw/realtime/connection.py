@@ -38,6 +38,7 @@ from pubsub_mw.errors import (
 )
 from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
+    CONNECTION_PREFIX,
     FROM_HANDSHAKE,
     USER_PREFIX,
     Channel,
@@ -166,7 +167,9 @@ class Connection:
     Args:
         shared: of this process
         handshake: the request that opened it
-        transport: `websocket`, `sse` or `longpoll`; only over the first does a client answer pings
+        transport: `websocket`, `sse` or `longpoll`. Only over the first does a client answer pings. Over the last a
+            connection is one poll: it is told nothing of itself, and without a token it is nobody's, with no channels
+            of its own
         send_queue: where its frames go, if the transport has one of its own
     """
 
@@ -244,6 +247,16 @@ class Connection:
         """What presence shows beside the user."""
         return self._grant.info if self._grant is not None and self._grant.user is not None else self._app_info
 
+    @property
+    def own_channels(self) -> list[Channel]:
+        """Its own and, where the user is known, the user's; none for a poll of nobody."""
+        return [subscription.channel for subscription in self._own]
+
+    @property
+    def _is_reported(self) -> bool:
+        """Whether the application is told of it: not of a poll of nobody."""
+        return bool(self._own) and self._own[0].channel.startswith(CONNECTION_PREFIX)
+
     async def receive(self, text: str | bytes) -> None:
         """Take one frame. Returns when its effect has been begun; answers come through `send_queue`."""
         rest = self.take(text)
@@ -311,8 +324,8 @@ class Connection:
             self._shared.presence.leave(subscription, after=grace)
             self._shared.hub.unsubscribe(subscription)
         self._subscriptions.clear()
-        self._own = ()
-        if self.id is not None and self._shared.hub.close(self.id, self.send_queue):
+        is_reported, self._own = self._is_reported, ()
+        if self.id is not None and self._shared.hub.close(self.id, self.send_queue) and is_reported:
             self._shared.lifecycle.end(self.id)
 
     # Who it is.
@@ -338,6 +351,7 @@ class Connection:
         *,
         recall: Recall | None = None,
         needs_all: bool = False,
+        takes_over: bool = True,
     ) -> None:
         """Begin. Where that fails, the send queue is closed with the reason.
 
@@ -346,6 +360,7 @@ class Connection:
             resume: what it restores
             recall: tells where one of the connection's own channels was left, if `command` does not
             needs_all: every channel must be allowed; waits until that is known
+            takes_over: another server may hold it, and is told to close it
 
         Raises:
             FrameError: it is connected already, or its own channels are named wrongly; or, if it needs all, a channel
@@ -363,7 +378,7 @@ class Connection:
         self._grant, self._token = grant, resume
         if not await self._is_admitted():
             return
-        begun = self._begin(command)
+        begun = self._begin(command, takes_over=takes_over)
         if begun is not None:
             await begun
         self._listen_as_asked(command, needs_all=needs_all)
@@ -427,10 +442,11 @@ class Connection:
     def _own_positions(
         self, command: protocol.Connect, connection: ConnectionId, resume: Resume | None
     ) -> dict[Channel, _Own]:
-        positions = {channel_of_connection(connection): _Own(Position.start(), False)}
+        is_poll = self.transport == "longpoll"  # which goes by the answers
+        positions = {channel_of_connection(connection): _Own(Position.start(), is_poll)}
         if self.user is not None:
             known = resume.user_position if resume is not None else None
-            positions[channel_of_user(self.user)] = _Own(known, False)
+            positions[channel_of_user(self.user)] = _Own(known, is_poll)
         for channel in positions:
             text = command.channels.get(channel) if resume is not None else None
             text = text or self._recall(channel)
@@ -438,7 +454,7 @@ class Connection:
                 positions[channel] = _Own(_position(channel, text), True)
         return positions
 
-    def _begin(self, command: protocol.Connect) -> "asyncio.Future[Any] | None":
+    def _begin(self, command: protocol.Connect, *, takes_over: bool = True) -> "asyncio.Future[Any] | None":
         """Take up the connection's own channels and say `connected`, now, or when what is returned is done.
 
         A new connection is told its id when the broker follows its channels, so that nothing sent to it can be
@@ -446,6 +462,11 @@ class Connection:
         """
         hub, resume = self._shared.hub, self._token  # None if it was made before its user was disconnected
         connection = resume.connection if resume is not None else ConnectionId(secrets.token_urlsafe(16))
+        if resume is None and self.transport == "longpoll":
+            self.id = connection
+            hub.open(connection, self.send_queue)
+            self._schedule()
+            return None
         settled: list[asyncio.Future[bool]] = []
         for channel, own in self._own_positions(command, connection, resume).items():
             settled.append(self._shared.loop.create_future())
@@ -460,7 +481,7 @@ class Connection:
             )
             self._own += (subscription,)
         if resume is not None:
-            self._welcome(connection, resume)
+            self._welcome(connection, resume, takes_over=takes_over)
             for subscription, followed in zip(self._own, settled, strict=True):
                 followed.add_done_callback(self._on_own_settled)
                 hub.subscribe(subscription)
@@ -475,32 +496,22 @@ class Connection:
             if not all(followed.result() for followed in settled):
                 self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, _SILENT)
             if self.send_queue.closed is None:
-                self._welcome(connection, None)
+                self._welcome(connection, None, takes_over=False)
 
         begun.add_done_callback(go_on)
         return begun
 
-    def _welcome(self, connection: ConnectionId, resume: Resume | None) -> None:
+    def _welcome(self, connection: ConnectionId, resume: Resume | None, *, takes_over: bool) -> None:
         settings = self._shared.settings
         self.id = connection
         self._shared.hub.open(connection, self.send_queue)
-        if resume is not None:
+        if takes_over:
             self._shared.control.claim(connection)
         if settings.lifecycle:
             self._shared.lifecycle.begin(connection, self.user, self.transport, self.handshake)
-        user_position = self._own[-1].position if len(self._own) > 1 else None
-        token = sign_resume(
-            self._shared.secret,
-            Resume(
-                connection=connection,
-                grant=self._grant,
-                user_position=user_position,
-                issued_at=time.time(),
-                channels=resume.channels if resume is not None else {},
-            ),
-            expires=settings.resume_ttl,
-        )
-        self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
+        if self.transport != "longpoll":
+            token = self._sign(connection, resume.channels if resume is not None else {})
+            self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
         self._schedule()
 
     def _listen_as_asked(self, command: protocol.Connect, *, needs_all: bool = False) -> None:
@@ -527,6 +538,16 @@ class Connection:
             self._requests = Requests(self._shared.gate, self.id, self.handshake, self.send_queue, self._own[0])
             self._own[0].on_reply = self._requests.on_reply
         return self._requests
+
+    def _sign(self, connection: ConnectionId, channels: Mapping[str, str | None]) -> str:
+        resume = Resume(
+            connection=connection,
+            grant=self._grant,
+            user_position=self._own[-1].position if len(self._own) > 1 else None,
+            issued_at=time.time(),
+            channels=channels,
+        )
+        return sign_resume(self._shared.secret, resume, expires=self._shared.settings.resume_ttl)
 
     async def take_grant(self, grant: Grant, *, adds: bool = False) -> None:
         """Take a fresh grant instead of the present one, or, if it `adds`, beside it: what either allows is allowed,
@@ -589,7 +610,8 @@ class Connection:
         own = Subscription(channel, self.id, self.send_queue, position, settled=followed)
         self._own += (own,)
         self._shared.hub.subscribe(own)
-        self._shared.lifecycle.begin(self.id, user, self.transport, self.handshake)
+        if self._is_reported:
+            self._shared.lifecycle.begin(self.id, user, self.transport, self.handshake)
 
     # What it listens to.
 

@@ -19,10 +19,11 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from pubsub_mw import protocol
 from pubsub_mw.errors import CloseCode, ErrorCode, FrameError, GrantError, GrantExpired
 from pubsub_mw.grants import Resume, verify_resume
 from pubsub_mw.model import Handshake
-from pubsub_mw.realtime.connection import Shared
+from pubsub_mw.realtime.connection import Connection, Shared
 from pubsub_mw.realtime.cursor import Cursor
 from pubsub_mw.realtime.origin import names_origin
 from pubsub_mw.settings import Settings
@@ -33,13 +34,13 @@ __all__ = [
     "Refusal",
     "Wanted",
     "bearer",
-    "closed_refusal",
-    "frame_refusal",
+    "connect",
     "json_response",
     "read_json",
     "read_query",
     "read_resume",
     "read_wanted",
+    "until_gone",
 ]
 
 NO_STORE = {"cache-control": "no-store, no-transform", "x-content-type-options": "nosniff"}
@@ -90,13 +91,13 @@ class Refusal(Exception):
         return json_response({"error": {"code": self.code, "message": self.message}}, self.status, headers)
 
 
-def frame_refusal(error: FrameError) -> Refusal:
+def _frame_refusal(error: FrameError) -> Refusal:
     """Say in HTTP what would be an `error` frame."""
     subject = f"{error.channel}: " if error.channel else ""
     return Refusal(_STATUS.get(error.code, 400), error.code, f"{subject}{error}")
 
 
-def closed_refusal(closed: tuple[CloseCode, str]) -> Refusal:
+def _closed_refusal(closed: tuple[CloseCode, str]) -> Refusal:
     """Say in HTTP why a connection ended before it began."""
     code = _CLOSED.get(closed[0], ErrorCode.UNAVAILABLE)
     return Refusal(_STATUS[code], code, closed[1])
@@ -193,6 +194,36 @@ def read_resume(shared: Shared, token: str | None, use: str = "resume") -> Resum
     except GrantError as error:
         code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
         raise Refusal(401, code, f"{error}; connect anew") from error
+
+
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def connect(
+    connection: Connection,
+    wanted: Wanted,
+    resume: Resume | None,
+    *,
+    needs_all: bool = False,
+    takes_over: bool = True,
+) -> None:
+    """Begin a connection over HTTP; see `Connection.connect`.
+
+    Raises:
+        Refusal: it cannot be.
+    """
+    command = protocol.Connect(grant=None, resume=None, channels=wanted.channels)
+    try:
+        await connection.connect(command, resume, recall=wanted.cursor.at, needs_all=needs_all, takes_over=takes_over)
+    except FrameError as error:
+        raise _frame_refusal(error) from error
+    if connection.send_queue.closed is not None:
+        raise _closed_refusal(connection.send_queue.closed)
+    if resume is not None and connection.id != resume.connection:
+        raise _closed_refusal((CloseCode.DISCONNECTED, "the application ended this connection; connect anew"))
 
 
 async def read_json(receive: Receive, handshake: Handshake, limit_bytes: int, seconds: float) -> Any:

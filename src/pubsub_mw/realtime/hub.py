@@ -136,6 +136,7 @@ class Hub:
         self._channels: dict[str, _Channel] = {}
         self._connections: dict[ConnectionId, SendQueue] = {}
         self._unsettled: dict[Subscription, float] = {}  # since when
+        self._idle: dict[_Channel, float] = {}  # nobody listens to them since; those who left first come first
         self._subscriber = broker.subscriber(self)
         self._wanted: dict[_Channel, None] = {}
         self._work = asyncio.Event()
@@ -158,7 +159,7 @@ class Hub:
     @property
     def channel_count(self) -> int:
         """Channels that connections listen to; the server's own are not counted."""
-        return sum(not name.startswith(("#control", "#server-")) for name in self._channels)
+        return sum(not name.startswith(("#control", "#server-")) for name in self._channels) - len(self._idle)
 
     @property
     def connection_count(self) -> int:
@@ -194,10 +195,16 @@ class Hub:
         if channel is None:
             channel = self._channels[subscription.channel] = _Channel(subscription.channel)
             self._subscriber.subscribe(channel.name)
+        was_idle = self._idle.pop(channel, None) is not None
         self._unsettled[subscription] = asyncio.get_running_loop().time()
         channel.wait(subscription)
         track = channel.track
-        if track is not None and channel.is_settled and subscription.position in (None, track.position):
+        if track is None or track.position.is_start or not channel.is_settled:
+            is_there = False  # or it is not known where: what nobody has published to has a position too
+        else:
+            # Who begins now on a channel that was idle is not to hear what was published before.
+            is_there = subscription.position == track.position or (subscription.position is None and not was_idle)
+        if track is not None and is_there:
             self._join(channel, subscription, track.position)
         elif channel.is_confirmed and not self._serve(channel, subscription):
             self._want(channel)
@@ -211,10 +218,16 @@ class Hub:
             channel.live.pop(subscription, None)
             channel.wait_no_more(subscription)
             if not channel.live and not channel.waiting:
-                del self._channels[channel.name]
-                self._wanted.pop(channel, None)
-                self._forget(channel)
-                self._subscriber.unsubscribe(channel.name)
+                if channel.is_settled and self._settings.channel_linger:
+                    self._idle[channel] = asyncio.get_running_loop().time()
+                else:
+                    self._give_up(channel)
+
+    def _give_up(self, channel: _Channel) -> None:
+        del self._channels[channel.name]
+        self._wanted.pop(channel, None)
+        self._forget(channel)
+        self._subscriber.unsubscribe(channel.name)
 
     # What the broker's subscriber tells.
 
@@ -409,6 +422,7 @@ class Hub:
                 tasks.create_task(self._subscriber.run())
                 tasks.create_task(self._check())
                 tasks.create_task(self._refuse())
+                tasks.create_task(self._sweep())
                 for _ in range(self._settings.resync_concurrency):
                     tasks.create_task(self._read())
         finally:
@@ -518,6 +532,8 @@ class Hub:
             if lost not in (None, GapReason.TRIMMED):
                 channel.is_stale = True  # looked at again, with nothing live in between
                 return track
+            if lost is None and track.position.is_start and not page.top.offset:
+                track.move(catch_up(track.position, page))  # nothing but its epoch becomes known
             if lost is not None or page.top.offset <= track.position.offset:
                 return track  # what is newer is on its way to us
         outcome = catch_up(track.position, page)
@@ -611,6 +627,16 @@ class Hub:
                     self._want(channel)
                 if index % self._settings.resync_batch == 0:
                     await asyncio.sleep(pause)
+
+    async def _sweep(self) -> None:
+        """Give up channels that nobody has listened to for `channel_linger`."""
+        linger = self._settings.channel_linger
+        while True:
+            await asyncio.sleep(max(0.05, linger / 4))
+            deadline = asyncio.get_running_loop().time() - linger
+            for channel in [channel for channel, since in self._idle.items() if since <= deadline]:
+                del self._idle[channel]
+                self._give_up(channel)
 
     async def _refuse(self) -> None:
         """Refuse subscriptions that the broker has not answered within `broker_timeout`; forget windows nobody uses."""

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pubsub_mw import protocol
-from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode, FrameError
+from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.grants import Resume
 from pubsub_mw.model import Handshake, channel_of_connection
 from pubsub_mw.realtime.connection import Connection, Shared
@@ -31,13 +31,12 @@ from pubsub_mw.realtime.cursor import Cursor
 from pubsub_mw.realtime.http import (
     NO_STORE,
     Refusal,
-    Wanted,
     bearer,
-    closed_refusal,
-    frame_refusal,
+    connect,
     read_query,
     read_resume,
     read_wanted,
+    until_gone,
 )
 from pubsub_mw.realtime.socket import CLOSE_SECONDS, retry_after
 
@@ -157,7 +156,7 @@ async def serve_events(scope: Scope, receive: Receive, send: Send, shared: Share
     """
     connection = Connection(shared, handshake, "sse")
     loop = asyncio.get_running_loop()
-    reader = asyncio.create_task(_until_gone(receive))
+    reader = asyncio.create_task(until_gone(receive))
     writer = asyncio.create_task(_stream(scope, send, shared, connection, handshake))
     # A client that does not read keeps the writer waiting, also with the farewell.
     connection.send_queue.when_closed(lambda: loop.call_later(CLOSE_SECONDS, writer.cancel))
@@ -172,17 +171,12 @@ async def serve_events(scope: Scope, receive: Receive, send: Send, shared: Share
         await asyncio.gather(reader, writer, return_exceptions=True)
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connection, handshake: Handshake) -> None:
     query = read_query(scope, shared.settings.max_channels)
     is_plain = query.get("frames", [""])[-1] != "1"
     resume = read_resume(shared, bearer(handshake)) or await _redeemed(shared, query.get("ticket", []))
     wanted = read_wanted(query, handshake, resume)
-    await _connect(connection, wanted, resume, needs_all=is_plain)
+    await connect(connection, wanted, resume, needs_all=is_plain)
     assert connection.id is not None
     form: _Form = (_Plain if is_plain else _Framed)(wanted.cursor, channel_of_connection(connection.id))
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -208,23 +202,6 @@ async def _redeemed(shared: Shared, tickets: Sequence[str]) -> Resume | None:
         ttl = shared.settings.ticket_ttl
         raise Refusal(401, ErrorCode.GRANT_EXPIRED, f"the ticket was used, or is older than {ttl:g} s; get another one")
     return read_resume(shared, token, use="ticket")
-
-
-async def _connect(connection: Connection, wanted: Wanted, resume: Resume | None, *, needs_all: bool) -> None:
-    """Begin the connection.
-
-    Raises:
-        Refusal: it cannot be.
-    """
-    command = protocol.Connect(grant=None, resume=None, channels=wanted.channels)
-    try:
-        await connection.connect(command, resume, recall=wanted.cursor.at, needs_all=needs_all)
-    except FrameError as error:
-        raise frame_refusal(error) from error
-    if connection.send_queue.closed is not None:
-        raise closed_refusal(connection.send_queue.closed)
-    if resume is not None and connection.id != resume.connection:
-        raise closed_refusal((CloseCode.DISCONNECTED, "the application ended this connection; connect anew"))
 
 
 async def _write(send: Send, connection: Connection, form: _Form, first: bytes) -> None:
