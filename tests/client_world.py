@@ -62,10 +62,11 @@ class Endpoint:
         config = uvicorn.Config(
             app,
             port=self.port,
-            log_level="error",
+            log_level="critical",
             ws="pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol",
             ws_ping_interval=None,
             lifespan="off",
+            timeout_graceful_shutdown=1,  # else it waits for streams to end by themselves
         )
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

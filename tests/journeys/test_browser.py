@@ -3,92 +3,25 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import httpx
 import pytest
-from flask import Flask, request
 from playwright.async_api import Browser, Page
 
 from pubsub_mw.broker.memory import memory_broker
 from tests.client_world import Endpoint
+from tests.journeys.page_world import becomes, flask_app, heard, hears, listen
 from tests.tools.browser import PageErrors, open_page
 from tests.tools.clock import MS, eventually_async
 from tests.tools.tcp_proxy import TcpProxy
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
-PAGE = """<!doctype html>
-<meta charset="utf-8">
-<link rel="icon" href="data:,">
-<body data-position="{position}">
-<script type="module">
-  import {{ connect }} from "{mount}/client.js";
-
-  const said = (window.said = []);
-  window.listen = (options) => {{
-    const realtime = (window.realtime = connect(options));
-    realtime.on("state", (state) => said.push(["state", state]));
-    realtime.on("gap", ({{ channel, reason }}) => said.push(["gap", reason]));
-    realtime.on("error", ({{ code }}) => said.push(["error", code]));
-    realtime.on("private", (data) => said.push(["private", data]));
-  }};
-  window.follow = (channel, options) =>
-    new Promise((onSubscribed) => {{
-      realtime.subscribe(channel, (data) => said.push([channel, data]), {{ onSubscribed, ...options }});
-    }});
-</script>
-"""
-
-
-def flask_app() -> Flask:
-    app = Flask(__name__)
-
-    @app.get("/")
-    def page() -> str:
-        position = request.environ["pubsub.publisher"].position("room:1")
-        return PAGE.format(position=position, mount=request.args.get("mount", "/realtime"))
-
-    @app.post("/publish")
-    def publish() -> str:
-        exclude = request.headers.get("X-Connection")
-        return str(request.environ["pubsub.publish"]("room:1", request.get_json(), exclude=exclude))
-
-    return app
-
 
 @pytest.fixture
 async def site(prefix: str) -> AsyncIterator[Endpoint]:
     async with Endpoint("memory://", app=flask_app(), prefix=prefix, secret="s" * 32) as endpoint:
         yield endpoint
-
-
-async def listen(page: Page, port: int, channel: str = "room:1", options: str = "{}", query: str = "") -> None:
-    """Open the page and wait until it listens to `channel`."""
-    await page.goto(f"http://127.0.0.1:{port}/{query}")
-    await page.wait_for_function("typeof follow === 'function'")
-    await page.evaluate(f"listen({options})")
-    await page.evaluate(f"follow({channel!r})")
-
-
-async def heard(page: Page, about: str = "room:1") -> list[Any]:
-    said: list[Any] = await page.evaluate("said")
-    return [what for name, what in said if name == about]
-
-
-async def hears(page: Page, *expected: Any, about: str = "room:1", timeout: float = 10_000 * MS) -> None:
-    async def has_heard() -> bool:
-        assert await heard(page, about) == list(expected)
-        return True
-
-    await eventually_async(has_heard, timeout, f"what was heard about {about}")
-
-
-async def becomes(page: Page, state: str, timeout: float = 10_000 * MS) -> None:
-    async def is_so() -> bool:
-        return bool(await page.evaluate("realtime.state") == state)
-
-    await eventually_async(is_so, timeout, f"state is not {state}")
 
 
 async def test_what_a_view_publishes_arrives_in_order(site: Endpoint, browser_page: Page) -> None:

@@ -178,7 +178,7 @@ describe("connecting", () => {
       const later = () => new Promise((resolve) => setImmediate(resolve));
       Math.random = () => 1;
       for (const stage of ["connecting", "connected", "unavailable", "waiting"]) {
-        const realtime = connect("ws://server", { WebSocket });
+        const realtime = connect("ws://server", { WebSocket, transports: ["websocket"] });
         realtime.subscribe("news", () => {});
         await later();
         socket.onopen();
@@ -326,7 +326,7 @@ describe("positions", () => {
     realtime.subscribe("room", spy(), { onSubscribed: left }).unsubscribe();
     await settled();
     const [[frame]] = onSubscribed.calls;
-    assert.deepEqual(frame, { channel: "room", position: "e.1.t", recovered: null, members: undefined });
+    assert.deepEqual(frame, { ...subscribed("room", "e.1.t"), members: undefined });
     assert.equal(onSubscribed.calls.length, 1);
     assert.deepEqual(left.calls, []);
     assert.equal(net.socket.sent.length, 1);
@@ -680,7 +680,7 @@ describe("reconnecting", () => {
 
   test("happens when a connection does not come about in time", async (t) => {
     const { net, realtime } = await opened(t);
-    await net.pass(15);
+    await net.pass(10);
     assert.deepEqual([realtime.state, net.socket.isLive], ["waiting", false]);
   });
 
@@ -848,10 +848,10 @@ describe("who is there", () => {
     assert.deepEqual(subscription.members, []);
     net.socket.push(present([ANN]), join(BOB), leave(ANN), leave(CYD));
     assert.deepEqual(onMembers.calls, [
-      [[ANN], {}],
-      [[ANN, BOB], { joined: BOB }],
-      [[BOB], { left: ANN }],
-      [[BOB], { left: CYD }],
+      [[ANN], present([ANN])],
+      [[ANN, BOB], join(BOB)],
+      [[BOB], leave(ANN)],
+      [[BOB], leave(CYD)],
     ]);
     assert.deepEqual(subscription.members, [BOB]);
   });
@@ -871,7 +871,7 @@ describe("who is there", () => {
     net.socket.accept();
     net.socket.push({ ...CONNECTED, resume: "token-2" }, present([BOB, CYD]));
     assert.deepEqual(subscription.members, [BOB, CYD]);
-    assert.deepEqual(onMembers.calls.at(-1), [[BOB, CYD], {}]);
+    assert.deepEqual(onMembers.calls.at(-1), [[BOB, CYD], present([BOB, CYD])]);
   });
 
   test("is told to a late subscriber at once", async (t) => {
@@ -880,7 +880,8 @@ describe("who is there", () => {
     const onMembers = spy();
     realtime.subscribe("presence-room", () => {}, { onMembers });
     await settled();
-    assert.deepEqual(onMembers.calls, [[[ANN, BOB], {}]]);
+    const [[members, change]] = onMembers.calls;
+    assert.deepEqual([members, change.type, onMembers.calls.length], [[ANN, BOB], "subscribed", 1]);
   });
 
   test("is nobody's when nobody listens", async (t) => {
@@ -967,7 +968,7 @@ describe("grants", () => {
   test("that never come are given up, and come too late", async (t) => {
     const answers = [];
     const { net, realtime } = await opened(t, { grant: () => new Promise((resolve) => answers.push(resolve)) });
-    await net.pass(15);
+    await net.pass(10);
     assert.equal(realtime.state, "waiting");
     await net.pass(FIRST_DELAY_SECONDS);
     answers[0]("late");
@@ -984,7 +985,7 @@ describe("grants", () => {
     const { net, realtime } = await opened(t, { grant: () => new Promise((_, reject) => failures.push(reject)) });
     const onError = spy();
     realtime.on("error", onError);
-    await net.pass(15);
+    await net.pass(10);
     await net.pass(FIRST_DELAY_SECONDS);
     failures[0](new Error("late"));
     await settled();
@@ -1093,7 +1094,7 @@ test("a socket that cannot even be made is an error, and tried again with back-o
       throw new Error("mixed content");
     }
   };
-  const realtime = connect("ws://server", { WebSocket });
+  const realtime = connect("ws://server", { WebSocket, transports: ["websocket"] });
   t.after(() => realtime.close());
   const onError = spy();
   realtime.on("error", onError);

@@ -109,7 +109,7 @@ export function script(t) {
 /** Start a client on a script; its socket waits to be accepted. */
 export async function opened(t, options = {}) {
   const net = script(t);
-  const realtime = connect("ws://server/realtime", { WebSocket: net.WebSocket, ...options });
+  const realtime = connect("ws://server/realtime", { WebSocket: net.WebSocket, transports: ["websocket"], ...options });
   t.after(() => realtime.close());
   await settled();
   return { net, realtime };

@@ -23,7 +23,7 @@ const subscription = realtime.subscribe(
     position: null,
     onSubscribed: ({ channel, position, recovered }) =>
       console.log(channel.length, position.length, recovered === null),
-    onMembers: (members, { joined, left }) => console.log(members.length, joined?.user, left?.info),
+    onMembers: (members, { type, member }) => console.log(members.length, type === "join" && member?.user),
     onGap: (gap: Gap) => console.log(gap.reason),
     onError: (error: RealtimeError) => console.log(error.message, error.code, error.channel),
   },

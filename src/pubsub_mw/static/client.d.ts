@@ -18,7 +18,14 @@ export type Gap = { channel: string; position: string | null; reason: string };
 /** `code`: an error or close code. */
 export type RealtimeError = Error & { code?: string | number; channel?: string };
 
+export type TransportName = "websocket" | "sse" | "longpoll";
+
+/** `subscribed`: the list is told anew, and may have changed by more than one. */
+export type MembersChange = { type: "join" | "leave"; member: Member } | { type: "subscribed"; member?: undefined };
+
 export type Options = {
+  /** Which may be used, the best first. By default all three, in this order. */
+  transports?: TransportName[];
   /** A function is called for each attempt to connect, and when the grant has expired. */
   grant?: string | (() => string | null | Promise<string | null>);
   WebSocket?: new (url: string) => WebSocket;
@@ -34,11 +41,8 @@ export type SubscribeOptions = {
   /** Called after each reconnect, too. */
   onSubscribed?: (frame: Subscribed) => void;
   onGap?: (gap: Gap) => void;
-  /**
-   * Who is there now, on a presence channel, and who came or went; neither after subscribing and after a reconnect,
-   * when the list is told anew.
-   */
-  onMembers?: (members: readonly Member[], change: { joined?: Member; left?: Member }) => void;
+  /** Who is there now, on a presence channel: told anew after subscribing and after a reconnect, and at each change. */
+  onMembers?: (members: readonly Member[], change: MembersChange) => void;
   /** The subscription was refused, or ended by the server. */
   onError?: (error: RealtimeError) => void;
 };
@@ -74,6 +78,8 @@ export type RequestError = TypeError & { code?: string };
 
 export type Realtime = {
   readonly state: State;
+  /** The one that was connected last. */
+  readonly transport: TransportName | null;
   /** The connection's id, from the first `connected` on. */
   readonly connection: string | null;
   readonly user: string | null;

@@ -1,7 +1,7 @@
 /**
  * Keep a page connected, and what it hears of each channel complete and in order.
  *
- * In:     callbacks and requests from the page; frames from the server, through one transport
+ * In:     callbacks and requests from the page; frames from the server, through the best transport that delivers
  * Out:    each publication to each callback, in offset order; an answer to each request; gaps, errors, states
  * Owns:   the positions, the resume token, at most one open transport
  * Never:  moves a position past what was delivered; leaves a gap untold; hears a transport it closed
@@ -9,11 +9,16 @@
 
 const BACKOFF_BASE_SECONDS = 0.5;
 const BACKOFF_CAP_SECONDS = 20;
-const CONNECT_TIMEOUT_SECONDS = 15; // of one attempt, grant included
+const CONNECT_TIMEOUT_SECONDS = 10; // of one attempt, grant included
+const CLIMB_PATIENCE = 40; // times the longest back-off: until a better transport is tried
 const PING_TIMEOUT_SECONDS = 8; // beyond `ping`: then the link is dead
 const GRANT_EXPIRED = 3501;
+/** @type {Record<string, number>} */
+const REFUSALS = { grant_invalid: 3500, grant_expired: GRANT_EXPIRED, revoked: 3503 }; // by HTTP, as close codes
+const MAX_SEND_FRAMES = 32; // in one POST
+const RESTART_MS = 50; // so that several new channels come with one restart
 
-/** @import { Events, Member, MessageCallback, Options, Realtime, State, SubscribeOptions, Subscribed } from "./client.d.ts" */
+/** @import { Events, Member, MessageCallback, Options, Realtime, State, SubscribeOptions, TransportName } from "./client.d.ts" */
 
 /**
  * @param {number} attempt
@@ -25,7 +30,7 @@ export function backoff(attempt, random) {
 
 /** @param {number} code */
 export function mayReconnect(code) {
-  return !((code >= 3500 && code < 4000) || (code >= 4500 && code < 5000));
+  return !/^[34][5-9]..$/.test(String(code));
 }
 
 const pageUrl = () => globalThis.document?.baseURI ?? globalThis.location?.href;
@@ -33,31 +38,151 @@ const pageUrl = () => globalThis.document?.baseURI ?? globalThis.location?.href;
 /** @param {string} [path] default: the folder of this module */
 function endpoint(path) {
   const url = new URL(path ?? new URL(".", import.meta.url), pageUrl());
-  url.protocol = url.protocol.replace("http", "ws");
+  url.protocol = url.protocol.replace("ws", "http");
   url.pathname = url.pathname.replace(/\/*$/, "/");
   return url.href;
 }
 
 /**
- * After `close()` a transport calls nothing.
+ * What a transport calls, until `close()`. `positions()`: of what the server is asked for from now on.
  *
- * @param {new (url: string) => WebSocket} WebSocket
- * @param {string} url
- * @param {{ onOpen(): void, onFrame(frame: any): void, onEnd(code: number, reason: string): void }} calls
+ * @typedef {{ onOpen(): void, onFrame(frame: any): void, onEnd(code: number, message: string): void,
+ *   positions(): Map<string, string | null>, resume(): string | undefined, wait(): number }} Calls
+ * @typedef {{ send(frame: any): void, close(): void, restart?(): void }} Transport `restart`: with new channels
  */
-function openWebSocket(WebSocket, url, { onOpen, onFrame, onEnd }) {
-  const socket = new WebSocket(url);
+
+/**
+ * @param {string} url
+ * @param {Calls} calls
+ * @param {new (url: string) => WebSocket} WebSocket
+ * @returns {Transport}
+ */
+function openWebSocket(url, { onOpen, onFrame, onEnd }, WebSocket) {
+  const socket = new WebSocket(url.replace("http", "ws"));
   socket.onopen = onOpen;
   socket.onmessage = (event) => onFrame(JSON.parse(event.data));
   socket.onclose = (event) => onEnd(event.code, event.reason);
   return {
-    /** @param {object} frame */
     send: (frame) => socket.send(JSON.stringify(frame)),
     close() {
       socket.onopen = socket.onmessage = socket.onclose = null;
       socket.close();
     },
   };
+}
+
+/**
+ * What is sent goes by POST, one after another; what comes, comes by one answer without an end, or by many.
+ *
+ * @param {string} url
+ * @param {Calls} calls
+ * @param {TransportName} transport
+ * @returns {Transport}
+ */
+function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
+  const sending = new AbortController();
+  /** @type {any[]} */
+  const unsent = [];
+  let reading = new AbortController();
+  let restartTimer = 0;
+
+  /**
+   * @param {string} path
+   * @param {AbortSignal} signal
+   * @param {any[]} [frames]
+   */
+  async function ask(path, signal, frames) {
+    const headers = new Headers({ "content-type": "application/json" });
+    if (frames?.[0].type !== "connect") headers.set("authorization", `Bearer ${resume()}`);
+    const init = frames && { method: "POST", body: JSON.stringify({ transport, frames }) };
+    const response = await fetch(url + path, { ...init, headers, signal });
+    const { ok, status } = response;
+    if (ok) return response;
+    throw { status, message: `${path}: ${status}` };
+  }
+
+  async function read() {
+    clearTimeout(restartTimer);
+    restartTimer = 0;
+    reading.abort();
+    reading = new AbortController();
+    const { signal } = reading;
+    /** @param {any} frame */
+    const take = (frame) => signal.aborted || onFrame(frame);
+    for (let seconds = wait(), cursor = ""; ; ) {
+      try {
+        let path = transport === "sse" ? "events?frames=1" : `poll?wait=${seconds}&cursor=${cursor}`;
+        for (const [name, position] of positions()) {
+          path += `&channel=${encodeURIComponent(name)}&position=${position ?? ""}`;
+        }
+        const response = await ask(path, signal);
+        if (transport === "sse") await readEvents(response, take);
+        const answer = await response.json();
+        cursor = answer.cursor;
+        for (const frame of [...answer.frames, { type: "ping" }]) take(frame);
+      } catch (/** @type {any} */ { status, message }) {
+        if (signal.aborted) return;
+        seconds /= 2; // it may have been cut for being idle so long
+        if (transport === "sse" || status || seconds < 1) return onEnd(1006, message);
+      }
+    }
+  }
+
+  async function write() {
+    for (let limit = MAX_SEND_FRAMES; unsent.length; ) {
+      const frames = unsent.slice(0, limit);
+      try {
+        const answer = await (await ask("send", sending.signal, frames)).json();
+        const { type } = unsent.splice(0, frames.length)[0];
+        for (const frame of answer.frames) if (!sending.signal.aborted) answered(frame, type === "connect");
+      } catch (/** @type {any} */ { status, message }) {
+        if (sending.signal.aborted) return;
+        if (status !== 413) return onEnd(1006, message);
+        if (frames.length === 1) onFrame({ ...unsent.shift(), type: "error", code: "too_large", message });
+        limit = 1;
+      }
+    }
+  }
+
+  /**
+   * @param {any} frame
+   * @param {boolean} isGreeting
+   */
+  function answered(frame, isGreeting) {
+    if (isGreeting && frame.type === "error") return onEnd(REFUSALS[frame.code] ?? 3005, frame.message);
+    // Connected is who gets something.
+    onFrame(isGreeting && transport === "sse" ? { ...frame, type: "accepted" } : { ...frame, isAside: true });
+    if (isGreeting && !sending.signal.aborted) read();
+  }
+
+  return {
+    send({ channels, ...frame }) {
+      // Channels are named to what brings them.
+      if (frame.type !== "pong" && unsent.push(frame) === 1) write();
+    },
+    restart() {
+      restartTimer ||= setTimeout(read, RESTART_MS);
+    },
+    close() {
+      clearTimeout(restartTimer);
+      sending.abort();
+      reading.abort();
+    },
+  };
+}
+
+/**
+ * @param {Response} response
+ * @param {(frame: any) => void} take
+ */
+async function readEvents({ body }, take) {
+  const reader = /** @type {ReadableStream} */ (body).pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", part; !(part = await reader.read()).done; ) {
+    const events = (text + part.value).split("\n\n");
+    text = /** @type {string} */ (events.pop());
+    for (const event of events) if (/^data/.test(event)) take(JSON.parse(event.slice(6).split("\n", 1)[0]));
+  }
+  throw Error("ended");
 }
 
 /**
@@ -68,7 +193,7 @@ function openWebSocket(WebSocket, url, { onOpen, onFrame, onEnd }) {
 async function encodeRequest(id, request, maxBytes) {
   const { method, url, headers } = request;
   const { pathname, search } = new URL(url);
-  const token = /(?:^|; )csrftoken=([^;]+)/.exec(globalThis.document?.cookie)?.[1]; // Django's names
+  const token = /(?:^|;\s)csrftoken=([^;]+)/.exec(globalThis.document?.cookie)?.[1]; // Django's names
   if (token && /^[PD]/.test(method) && !headers.has("x-csrftoken")) headers.set("x-csrftoken", token);
   const body = encodeBody(new Uint8Array(await request.arrayBuffer()));
   const path = pathname + search;
@@ -110,6 +235,18 @@ function failure(code, message) {
   return Object.assign(new TypeError(message), { code });
 }
 
+/**
+ * @param {string} address
+ * @param {TransportName} [name]
+ * @returns {any}
+ */
+function remember(address, name) {
+  const key = `pubsub-mw ${address}`;
+  try {
+    return name ? sessionStorage.setItem(key, name) : sessionStorage.getItem(key);
+  } catch {} // there is none
+}
+
 /** @param {unknown} error */
 function report(error) {
   (globalThis.reportError ?? console.error)(error);
@@ -141,6 +278,9 @@ export function connect(url, options = {}) {
   if (typeof url === "object") [url, options] = [undefined, url];
   const address = endpoint(url);
   const { grant, WebSocket = globalThis.WebSocket, maxPending = 64, maxFrameBytes = 65536 } = options;
+  const { transports = ["websocket", "sse", "longpoll"] } = options;
+  const getGrant = typeof grant === "function" && grant;
+  const ladder = transports.filter((name) => name !== "websocket" || WebSocket);
 
   /**
    * @typedef {SubscribeOptions & { callback: MessageCallback }} Listener
@@ -159,7 +299,7 @@ export function connect(url, options = {}) {
   const own = new Map();
   /** @type {Set<Listener>} */
   const ownListeners = new Set([
-    { callback: (...message) => each(callbacks.private, (callback) => callback(...message)) },
+    { callback: (...message) => tell("private", ...message) },
   ]);
   /**
    * `sentIn`: a generation; 0: never; -1: to be sent again.
@@ -173,8 +313,16 @@ export function connect(url, options = {}) {
   const callbacks = { state: new Set(), gap: new Set(), error: new Set(), private: new Set() };
   const stop = new AbortController();
 
-  let resume = /** @type {string | undefined} */ (undefined);
-  let transport = /** @type {ReturnType<typeof openWebSocket> | undefined} */ (undefined);
+  /** @type {string | undefined} */
+  let resume;
+  /** @type {Transport | undefined} */
+  let transport;
+  /** @type {Transport | undefined} */
+  let probe; // of a better one
+  let level = Math.max(0, ladder.indexOf(remember(address))); // on the ladder
+  let hasDelivered = false; // a ping, so it stands idle time, and nobody keeps back what comes
+  let climbs = 0;
+  let climbTimer = 0;
   let generation = 0; // of the transport
   let attempt = 0;
   let isRenewing = false; // `grant_expired` again: the function has no fresh grant
@@ -187,26 +335,54 @@ export function connect(url, options = {}) {
 
   function open() {
     drop();
+    hasDelivered = false;
     expectFrame(CONNECT_TIMEOUT_SECONDS);
     withGrant((grant) => {
-      transport = openWebSocket(WebSocket, address, { onOpen: () => greet(grant), onFrame: receive, onEnd: end });
+      const greet = () => transport?.send({ type: "connect", grant, resume, channels: Object.fromEntries(positions()) });
+      transport = make(ladder[level], greet, receive, end);
+      if (transport.restart) greet();
     });
     become("connecting");
+  }
+
+  /**
+   * @param {TransportName} name
+   * @param {() => void} onOpen
+   * @param {(frame: any) => void} onFrame
+   * @param {(code: number, message: string) => void} onEnd
+   */
+  function make(name, onOpen, onFrame, onEnd) {
+    const calls = { onOpen, onFrame, onEnd, positions, resume: () => resume, wait: () => pingSeconds };
+    return name === "websocket" ? openWebSocket(address, calls, WebSocket) : openHttp(address, calls, name);
+  }
+
+  /** Try what is better: a WebSocket beside what there is; a stream would take the place of the polls in any case. */
+  function climb() {
+    climbs++;
+    const onEnd = () => (level > 1 ? climbTo(level - 1) : climbLater());
+    if (ladder[0] !== "websocket") climbTo(level - 1);
+    else probe = make("websocket", () => climbTo(0), () => {}, onEnd);
+  }
+
+  /** @param {number} better */
+  function climbTo(better) {
+    level = better;
+    open();
+  }
+
+  function climbLater() {
+    climbTimer = setTimeout(climb, 1000 * CLIMB_PATIENCE * backoff(climbs, 1));
   }
 
   function drop() {
     generation++;
     transport?.close();
+    probe?.close();
     transport = undefined;
     asked.clear();
     clearTimeout(timer);
+    clearTimeout(climbTimer);
     clearTimeout(settleTimer);
-  }
-
-  function reconnect(retrySeconds = 0) {
-    drop();
-    timer = setTimeout(open, 1000 * (retrySeconds + backoff(attempt++, Math.random())));
-    become("waiting");
   }
 
   /**
@@ -214,26 +390,38 @@ export function connect(url, options = {}) {
    * @param {string} message
    * @param {number | null} [retrySeconds] null: never
    */
-  function end(code, message, retrySeconds) {
+  function end(code, message, retrySeconds = 0) {
     if (code === 1009) abandon(message); // too big: never send it again
-    const renewable = code === GRANT_EXPIRED && typeof grant === "function";
-    if (renewable || (mayReconnect(code) && retrySeconds !== null)) return reconnect(retrySeconds ?? 0);
-    realtime.close();
-    fail({ code, message });
+    if (code < 3000 && !hasDelivered) level = (level + 1) % ladder.length;
+    if ((retrySeconds === null || !mayReconnect(code)) && (code !== GRANT_EXPIRED || !getGrant)) {
+      realtime.close();
+      return fail({ code, message });
+    }
+    drop();
+    timer = setTimeout(open, 1000 * (Number(retrySeconds) + backoff(attempt++, Math.random())));
+    become("waiting");
+  }
+
+  /**
+   * @param {keyof Events} name
+   * @param {any[]} values
+   */
+  function tell(name, ...values) {
+    each(/** @type {Set<Function>} */ (callbacks[name]), (callback) => callback(...values));
   }
 
   /** @param {State} state */
   function become(state) {
     if (state === realtime.state) return;
     realtime.state = state;
-    each(callbacks.state, (callback) => callback(state));
+    tell("state", state);
   }
 
   /** @param {number} seconds */
   function expectFrame(seconds) {
     deadAt = Date.now() + 1000 * seconds;
     clearTimeout(timer);
-    timer = setTimeout(reconnect, 1000 * seconds);
+    timer = setTimeout(end, 1000 * seconds, 1006, "silence");
   }
 
   /** @param {(grant: string | undefined) => void} use */
@@ -241,23 +429,25 @@ export function connect(url, options = {}) {
     const current = generation;
     try {
       await null; // so that the page hears a first error, too
-      const text = typeof grant === "function" ? await grant() : grant;
+      const text = getGrant ? await getGrant() : grant;
       if (current === generation) use(text ?? undefined);
     } catch (error) {
       if (current !== generation) return;
-      reconnect();
+      end(1006, "");
       fail(error);
     }
   }
 
-  /** @param {string} [grant] */
-  function greet(grant) {
+  function positions() {
     const positions = new Map(own);
+    const before = new Map(asked);
+    asked.clear();
     for (const [name, channel] of channels) {
-      asked.set(name, { channel });
+      const held = before.get(name);
+      asked.set(name, held?.channel === channel ? held : { channel });
       positions.set(name, channel.position);
     }
-    transport?.send({ type: "connect", grant, resume, channels: Object.fromEntries(positions) });
+    return positions;
   }
 
   /** @param {any} frame */
@@ -270,9 +460,15 @@ export function connect(url, options = {}) {
   /** @type {Record<string, (frame: any) => void>} */
   const pushes = {
     ping() {
+      hasDelivered = true;
+      if (!level) climbs = 0;
       attempt = 0;
       isRenewing = false;
       transport?.send({ type: "pong" });
+    },
+
+    accepted(frame) {
+      resume = frame.resume ?? resume;
     },
 
     connected({ connection, user, resume: token }) {
@@ -281,6 +477,9 @@ export function connect(url, options = {}) {
       resume = token;
       realtime.connection = connection;
       realtime.user = user;
+      realtime.transport = ladder[level];
+      remember(address, ladder[level]);
+      if (level && realtime.state !== "connected") climbLater();
       become("connected");
       settleAll();
       if (before && before !== connection) forget(before);
@@ -293,9 +492,9 @@ export function connect(url, options = {}) {
       settleAttempt = 0;
       const held = asked.get(name);
       if (held) held.subscribed = true;
+      if (held?.channel) held.channel.members = frame.members;
       settle(name);
       const listeners = advance(frame);
-      if (held?.channel) held.channel.members = frame.members;
       each(listeners, (listener) => welcome(listener, frame));
       if (frame.recovered === false) lose(frame, listeners);
     },
@@ -307,9 +506,8 @@ export function connect(url, options = {}) {
 
     gap: (frame) => lose(frame, advance(frame)),
 
-    join: ({ channel, member }) => change(channel, member, "joined"),
-
-    leave: ({ channel, member }) => change(channel, member, "left"),
+    join: change,
+    leave: change,
 
     unsubscribed(frame) {
       if (frame.code === "client") retire(frame.channel);
@@ -317,10 +515,10 @@ export function connect(url, options = {}) {
     },
 
     /** Or its start, chunk or end. */
-    response({ type, id, position, error, ...frame }) {
+    response({ type, id, position, error, isAside, ...frame }) {
       attempt = settleAttempt = 0;
       const name = `#connection-${realtime.connection}`;
-      if (isNewer(position, own.get(name))) own.set(name, position);
+      if (!isAside && isNewer(position, own.get(name))) own.set(name, position);
       const pending = requests.get(id);
       if (!pending || !isNewer(position, pending.position)) return;
       pending.position = position;
@@ -344,7 +542,7 @@ export function connect(url, options = {}) {
       else if (frame.id) return; // cancelled
       else if (frame.code === "not_subscribed") retire(frame.channel);
       else if (frame.channel) refuse(frame);
-      else if (frame.code === "grant_expired" && typeof grant === "function" && !isRenewing) {
+      else if (frame.code === "grant_expired" && getGrant && !isRenewing) {
         isRenewing = true;
         withGrant((grant) => transport?.send({ type: "grant", grant }));
       } else fail(frame);
@@ -363,27 +561,23 @@ export function connect(url, options = {}) {
     return channel.listeners;
   }
 
-  /**
-   * @param {string} name
-   * @param {Member} member
-   * @param {"joined" | "left"} how
-   */
-  function change(name, member, how) {
-    const channel = asked.get(name)?.channel;
+  /** @param {any} frame */
+  function change(frame) {
+    const channel = asked.get(frame.channel)?.channel;
     if (!channel) return;
-    const members = (channel.members ?? []).filter(({ user }) => user !== member.user);
-    if (how === "joined") members.push(member);
+    const members = (channel.members ?? []).filter(({ user }) => user !== frame.member.user);
+    if (frame.type === "join") members.push(frame.member);
     channel.members = members;
-    each(channel.listeners, (listener) => listener.onMembers?.(members, { [how]: member }));
+    each(channel.listeners, (listener) => listener.onMembers?.(members, frame));
   }
 
   /**
    * @param {Listener} listener
-   * @param {Subscribed} frame
+   * @param {any} frame
    */
   function welcome(listener, frame) {
     listener.onSubscribed?.(frame);
-    if (frame.members) listener.onMembers?.(frame.members, {});
+    if (frame.members) listener.onMembers?.(frame.members, frame);
   }
 
   /** @param {string} before not resumed: what came for it meanwhile is lost */
@@ -403,7 +597,7 @@ export function connect(url, options = {}) {
     const gap = { channel, position, reason };
     if (channel === `#connection-${realtime.connection}`) abandon(reason);
     each(listeners, (listener) => listener.onGap?.(gap));
-    if (listeners.size) each(callbacks.gap, (callback) => callback(gap));
+    if (listeners.size) tell("gap", gap);
   }
 
   /**
@@ -414,7 +608,7 @@ export function connect(url, options = {}) {
     const { code, message = String(cause), channel } = Object(cause);
     const error = cause instanceof Error ? cause : Object.assign(new Error(message), { code, channel });
     each(listeners, (listener) => listener.onError?.(error));
-    each(callbacks.error, (callback) => callback(error));
+    tell("error", error);
     if (!callbacks.error.size && ![...listeners].some((listener) => listener.onError)) report(error);
   }
 
@@ -423,7 +617,9 @@ export function connect(url, options = {}) {
     const channel = channels.get(name);
     const held = asked.get(name);
     if (realtime.state !== "connected") return;
-    if (channel && !held) {
+    if (transport?.restart) {
+      if (held?.channel !== channel) transport.restart();
+    } else if (channel && !held) {
       asked.set(name, { channel });
       transport?.send({ type: "subscribe", channel: name, position: channel.position ?? undefined });
     } else if (held?.subscribed && held.channel !== channel) {
@@ -514,6 +710,7 @@ export function connect(url, options = {}) {
   /** @type {{ -readonly [Name in keyof Realtime]: Realtime[Name] }} */
   const realtime = {
     state: "connecting",
+    transport: null,
     connection: null,
     user: null,
 
@@ -525,7 +722,7 @@ export function connect(url, options = {}) {
       channel.listeners.add(listener);
       channels.set(name, channel);
       settle(name);
-      if (asked.get(name)?.subscribed) queueMicrotask(() => each(new Set([listener]), late));
+      if (asked.get(name)?.subscribed) queueMicrotask(() => each(channel.listeners, late));
       return {
         channel: name,
         get members() {
@@ -534,9 +731,10 @@ export function connect(url, options = {}) {
         unsubscribe: () => leave(name, (other) => other === listener),
       };
 
-      function late() {
-        const { position, members, listeners } = channel;
-        if (listeners.has(listener)) welcome(listener, { channel: name, position, recovered: null, members });
+      /** @param {Listener} other */
+      function late(other) {
+        const { position, members } = channel;
+        if (other === listener) welcome(other, { type: "subscribed", channel: name, position, recovered: null, members });
       }
     },
 
@@ -553,7 +751,7 @@ export function connect(url, options = {}) {
       if (json !== undefined) {
         init = { method: "POST", ...init, body: new Blob([JSON.stringify(json)], { type: "application/json" }) };
       }
-      const { origin } = new URL(address.replace("ws", "http"));
+      const { origin } = new URL(address);
       const request = new Request(input instanceof Request ? input : new URL(input, pageUrl() ?? origin), init);
       if (new URL(request.url).origin !== origin) throw new TypeError("another origin: use window.fetch");
       request.signal.throwIfAborted();
