@@ -77,6 +77,7 @@ ORDER = [
     "client/channels.py",
     "client/requests.py",
     "client/websocket.py",
+    "client/http.py",
     "client/connection.py",
     "client/__init__.py",
     "testing.py",

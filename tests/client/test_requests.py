@@ -21,11 +21,11 @@ pytestmark = pytest.mark.anyio
 class Site(Endpoint):
     """An endpoint with an app whose stream goes as far as a test lets it."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, **settings: Any) -> None:
         self.allowed = threading.Semaphore(0)
         self.closed = threading.Event()
         self.runs: list[str] = []
-        super().__init__("memory://", app=self._flask_app(), prefix=prefix, secret="s" * 32)
+        super().__init__("memory://", app=self._flask_app(), prefix=prefix, secret="s" * 32, **settings)
 
     def _flask_app(self) -> Flask:
         app = Flask(__name__)

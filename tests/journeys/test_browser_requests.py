@@ -73,6 +73,7 @@ async def reads(page: Page, *expected: str) -> None:
     await eventually_async(is_so, 10_000 * MS)
 
 
+@pytest.mark.parametrize("page", ["websocket"], indirect=True)
 async def test_a_page_posts_json_and_gets_a_response(page: Page) -> None:
     post = """async (json) => {
       const response = await realtime.fetch("/echo", { method: "POST", json });
@@ -85,6 +86,7 @@ async def test_a_page_posts_json_and_gets_a_response(page: Page) -> None:
     assert told == {"method": "POST", "json": value, "transport": await page.evaluate("realtime.transport")}
 
 
+@pytest.mark.parametrize("page", ["longpoll"], indirect=True)
 async def test_requests_of_a_page_run_in_the_order_of_the_calls(page: Page, gate: Gate) -> None:
     post = """() => Promise.all([1, 2, 3].map((json) => realtime.fetch("/echo", { json }))).then((all) => all.length)"""
     assert await page.evaluate(post) == 3
@@ -103,6 +105,7 @@ async def test_a_stream_is_read_chunk_by_chunk_and_goes_on_in_the_middle_after_a
     assert gate.runs == ["numbers"]
 
 
+@pytest.mark.parametrize("page", ["sse"], indirect=True)
 async def test_an_abort_ends_the_stream_here_and_the_iterator_there(page: Page, gate: Gate) -> None:
     await page.evaluate("void (window.abort = new AbortController())")
     await page.evaluate("void read('/numbers/100000', { signal: abort.signal })")
@@ -119,6 +122,7 @@ async def test_an_abort_ends_the_stream_here_and_the_iterator_there(page: Page, 
     assert await page.evaluate("realtime.fetch('/echo').then(({ ok }) => ok)")
 
 
+@pytest.mark.parametrize("page", ["websocket"], indirect=True)
 async def test_what_takes_too_long_is_answered_504_and_what_is_too_much_is_refused(page: Page, gate: Gate) -> None:
     fetch_all = """() => Promise.all(Array.from({ length: 6 }, () =>
       realtime.fetch("/gated").then(({ status }) => status, ({ code }) => code)))"""
@@ -128,6 +132,7 @@ async def test_what_takes_too_long_is_answered_504_and_what_is_too_much_is_refus
     assert await page.evaluate("realtime.fetch('/forbidden/../..%2f').catch(({ code }) => code)") == "bad_frame"
 
 
+@pytest.mark.parametrize("page", ["websocket", "longpoll"], indirect=True)
 async def test_two_tabs_see_each_other_come_and_go(page: Page, site: Endpoint, proxy: HttpProxy) -> None:
     async def enter(tab: Page, user: str) -> None:
         grant = await site.grant(user=user, channels=["presence-*"], info={"name": user.upper()})

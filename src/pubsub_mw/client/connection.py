@@ -10,13 +10,15 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pubsub_mw.client.arrivals import Arrivals, call
 from pubsub_mw.client.channels import Channels
+from pubsub_mw.client.http import HttpLink, open_http
 from pubsub_mw.client.requests import Params, Requests, Response, build_request, is_newer
 from pubsub_mw.client.subscription import Gap, Message, Presence, Subscription, closed_here
 from pubsub_mw.client.websocket import LinkLost, WebSocketLink, open_websocket
@@ -36,6 +38,9 @@ _BASE_SECONDS, _CAP_SECONDS = 0.5, 20.0
 _PONG_SECONDS = 8.0
 """Beyond the server's ping interval without a frame the link is dead."""
 _MAX_WAITING = 1_000
+_CLIMB_PATIENCE = 40.0
+"""Times the longest back-off: until a better transport is tried."""
+_TRANSPORTS = ("websocket", "sse", "longpoll")
 
 Grant = str | Callable[[], str | Awaitable[str]]
 
@@ -51,6 +56,7 @@ def connect(
     grant: Grant | None = None,
     headers: Mapping[str, str] | None = None,
     on_private: Callable[[Message], object] | None = None,
+    transports: Sequence[str] = _TRANSPORTS,
     open_timeout: float = 10.0,
     max_pending: int = 64,
     max_frame_bytes: int = 65_536,
@@ -62,17 +68,27 @@ def connect(
         grant: its text, or a function (or coroutine function) that returns a fresh one
         headers: to send with the handshake, such as `Cookie` and `Origin`
         on_private: called with each publication on the connection's own channels; a coroutine function is awaited
+        transports: which may be used, the best first
         open_timeout: seconds for the first connection to stand; later, for each attempt and each call of `grant`
         max_pending: requests that may wait while there is no connection; further ones are refused
         max_frame_bytes: the server's setting; a larger request is refused here
 
     Raises:
-        ValueError: not such a url.
+        ValueError: not such a url; no such transport.
         ConnectFailed: (on entering) nobody answered in time.
         ConnectionClosed: (on entering) the server refuses for good, such as by GRANT_INVALID.
     """
+    if not transports or not set(transports) <= set(_TRANSPORTS):
+        raise ValueError(f"transports={transports!r} must be some of {', '.join(_TRANSPORTS)}")
     return Connection(
-        _websocket_url(url), grant, dict(headers or {}), on_private, open_timeout, max_pending, max_frame_bytes
+        _websocket_url(url),
+        grant,
+        dict(headers or {}),
+        on_private,
+        tuple(transports),
+        open_timeout,
+        max_pending,
+        max_frame_bytes,
     )
 
 
@@ -83,6 +99,7 @@ class Connection:
         id: as the server knows it, for `exclude`; None while not connected
         user: who the grant says it is
         state: `connecting`, `connected`, `waiting` (for the next attempt) or `closed`
+        transport: `websocket`, `sse` or `longpoll`: the one that is tried, or used
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class Connection:
         grant: Grant | None,
         headers: dict[str, str],
         on_private: Callable[[Message], object] | None,
+        transports: tuple[str, ...],
         open_timeout: float,
         max_pending: int,
         max_frame_bytes: int,
@@ -110,7 +128,12 @@ class Connection:
         self._private = Arrivals[Message](_MAX_WAITING)
         self._channels = Channels(self._send)
         self._requests = Requests(self._send, self._tell, max_pending)
-        self._link: WebSocketLink | None = None
+        self._transports = transports
+        self._level = 0  # in `_transports`
+        self._has_delivered = False  # a ping came, so the link stands idle time, and nobody keeps back what comes
+        self._climbs = 0
+        self._climbing: asyncio.Task[None] | None = None
+        self._link: WebSocketLink | HttpLink | None = None
         self._task: asyncio.Task[None] | None = None
         self._helpers: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
@@ -121,6 +144,10 @@ class Connection:
         self._settle_attempt = 0
         self._settling: asyncio.Task[None] | None = None
         self._is_renewing = False  # a second `grant_expired` at once means that the function has no fresh grant
+
+    @property
+    def transport(self) -> str:
+        return self._transports[self._level]
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
@@ -294,10 +321,13 @@ class Connection:
                 try:
                     least = await self._session()
                 except (OSError, TimeoutError, LinkLost, _GrantFailed) as error:
+                    self._fall()
                     self._failure = str(error) or type(error).__name__
                     log.info("%s: %s", self._url, self._failure)
                 finally:
                     self._link, self.id = None, None
+                    if self._climbing is not None:
+                        self._climbing.cancel()
                     self._channels.pause()
                     self._requests.pause()
                 self.state = "waiting"
@@ -311,12 +341,14 @@ class Connection:
 
     async def _session(self) -> float:
         """Live through one link; return how many seconds the server asks to wait before the next."""
+        self._has_delivered = False
         grant = await self._fetch_grant()
-        async with open_websocket(self._url, self._headers, self._open_timeout) as link:
+        # At first, all of them have to find room in that time.
+        silence = self._open_timeout / (1 if self._opened.is_set() else len(self._transports))
+        async with self._open(silence) as link:
             self._link = link
-            channels = self._channels.positions() | self._own
+            channels = self._positions()
             await self._send({"type": "connect", "grant": grant, "resume": self._resume, "channels": channels})
-            silence = self._open_timeout
             try:
                 while True:
                     async with asyncio.timeout(silence):
@@ -334,12 +366,45 @@ class Connection:
                 link.abort()  # nobody is there to say goodbye to
                 raise
 
+    def _open(self, timeout: float) -> AbstractAsyncContextManager[WebSocketLink | HttpLink]:
+        if self.transport == "websocket":
+            return open_websocket(self._url, self._headers, timeout)
+        return open_http(self._url, self._headers, self.transport, self._positions)
+
+    def _positions(self) -> dict[str, str | None]:
+        return self._channels.positions() | self._own
+
+    def _fall(self) -> None:
+        """Try the next transport, unless this one has shown that it delivers."""
+        if not self._has_delivered:
+            self._level = (self._level + 1) % len(self._transports)
+
+    async def _climb(self) -> None:
+        """Try what is better: a WebSocket beside what there is; a stream takes the place of the polls in any case."""
+        while True:
+            await asyncio.sleep(_CLIMB_PATIENCE * backoff(self._climbs, 1.0))
+            self._climbs += 1
+            better = self._level - 1
+            if self._transports[0] == "websocket":
+                try:
+                    async with open_websocket(self._url, self._headers, self._open_timeout):
+                        better = 0
+                except LinkLost:
+                    if better == 0:
+                        continue
+            if self._link is not None:
+                self._level, self._has_delivered = better, True
+                self._link.abort()
+            return
+
     def _ended(self, code: int, reason: str, retry: float) -> float:
         is_renewable = code == CloseCode.GRANT_EXPIRED and callable(self._grant)
         if not may_reconnect(code) and not is_renewable:
             raise ConnectionClosed(code, reason)
         if code == CloseCode.MESSAGE_TOO_BIG:
             self._requests.abandon(reason)  # never send it again
+        if code < 3000:
+            self._fall()
         self._failure = f"closed with {code}: {reason}"
         return retry
 
@@ -348,14 +413,18 @@ class Connection:
     async def _receive(self, frame: dict[str, Any]) -> None:
         kind, channel = frame["type"], frame.get("channel", "")
         if kind == "ping":
-            self._attempt, self._is_renewing = 0, False
+            self._attempt, self._is_renewing, self._has_delivered = 0, False, True
+            self._climbs = self._climbs if self._level else 0
             await self._send({"type": "pong"})
         elif kind == "connected":
             await self._connected(frame)
+        elif kind == "accepted":
+            self._resume = frame.get("resume", self._resume)
         elif kind.startswith("response"):
             self._attempt = self._settle_attempt = 0
             await self._requests.receive(frame)
-            self._advance_own(f"#connection-{self.id}", frame["position"])
+            if "is_aside" not in frame:  # else it is not in its place among what comes on that channel
+                self._advance_own(f"#connection-{self.id}", frame["position"])
         elif kind == "error" and frame["code"] != ErrorCode.NOT_SUBSCRIBED:
             await self._error_told(frame)
         elif channel.startswith("#"):
@@ -392,6 +461,8 @@ class Connection:
         if self._resumed_id not in (None, self.id):
             self._requests.abandon("the connection was not resumed")
         self._resumed_id = self.id
+        if self._level and self.state != "connected":
+            self._climbing = self._help(self._climb())
         self.state, self._is_renewing = "connected", False
         self._opened.set()
         await self._channels.settle()
