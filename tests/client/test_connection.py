@@ -194,7 +194,7 @@ async def test_who_is_there_is_told_as_a_list_that_stays_right_over_a_reconnect(
                 proxy.accept()
                 await eventually_async(lambda: set(subscription.members) == {"a", "b", "c"})
                 await endpoint.disconnect(user="b")
-                await eventually_async(lambda: set(subscription.members) == {"a", "c"})
+                await eventually_async(lambda: told[-1].left == "b")
 
     info = {user: {"name": user} for user in "abc"}
     assert told[:2] == [Presence({"a": info["a"]}), Presence({"a": info["a"], "b": info["b"]}, joined="b")]
@@ -334,10 +334,10 @@ async def test_who_iterates_slowly_loses_nothing(prefix: str) -> None:
         connect(endpoint.url) as connection,
     ):
         subscription = await connection.subscribe("room:1", max_waiting=3)
+        link = connection._link
         # Far more than the kernel's buffers take: the server must give this client up, and take it back, meanwhile.
         for number in range(300):
             await endpoint.publisher.publish("room:1", [number, "x" * 60_000])
-        link = connection._link
         got = [data[0] for data in await take(subscription, 300)]
 
         assert got == list(range(300))
@@ -585,7 +585,7 @@ def test_the_back_off_doubles_up_to_its_cap_with_full_jitter(attempt: int, chanc
 async def scripted(script: ScriptedServer, **options: Any) -> AsyncIterator[Connection]:
     """A connection to `script` that stands."""
     welcoming = asyncio.create_task(script.welcome())
-    async with connect(script.url, **options) as connection:
+    async with connect(script.url, transports=["websocket"], **options) as connection:
         await welcoming
         yield connection
 

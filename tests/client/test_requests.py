@@ -81,7 +81,9 @@ async def script() -> AsyncIterator[ScriptedServer]:
 @pytest.fixture
 async def scripted(script: ScriptedServer) -> AsyncIterator[Connection]:
     """A client that is connected to the script, and comes back at once whenever that drops it."""
-    opening = asyncio.create_task(connect(script.url, max_pending=3, max_frame_bytes=1_000).__aenter__())
+    opening = asyncio.create_task(
+        connect(script.url, transports=["websocket"], max_pending=3, max_frame_bytes=1_000).__aenter__()
+    )
     await script.welcome()
     connection = await opening
     yield connection
