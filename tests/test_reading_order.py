@@ -78,6 +78,7 @@ ORDER = [
     "client/requests.py",
     "client/websocket.py",
     "client/http.py",
+    "client/ladder.py",
     "client/connection.py",
     "client/__init__.py",
     "testing.py",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-import pubsub_mw.client.connection
+import pubsub_mw.client.ladder
 from pubsub_mw.client import Connection, connect
 from pubsub_mw.errors import ConnectFailed, ConnectionClosed, RequestFailed, SubscriptionRefused
 from tests.client.test_requests import Site
@@ -111,7 +111,7 @@ async def test_refusals_come_over_each(site: Site, proxy: HttpProxy, connection:
 async def test_a_client_finds_the_way_that_delivers_and_loses_nothing_on_the_way_back(
     site: Site, proxy: HttpProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pubsub_mw.client.connection, "_CLIMB_PATIENCE", 1.0)
+    monkeypatch.setattr(pubsub_mw.client.ladder, "_CLIMB_PATIENCE", 1.0)
     got: list[Any] = []
     proxy.refuse("websocket")
     proxy.held = {"sse"}

@@ -6,7 +6,8 @@ async with connect("ws://127.0.0.1:8000/realtime") as connection:
         print(message.data)
 """
 
-from pubsub_mw.client.connection import Connection, backoff, connect
+from pubsub_mw.client.connection import Connection, connect
+from pubsub_mw.client.ladder import backoff
 from pubsub_mw.client.requests import Response
 from pubsub_mw.client.subscription import Gap, Message, Presence, Subscription
 

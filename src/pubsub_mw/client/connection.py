@@ -11,17 +11,16 @@ import inspect
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from pubsub_mw.client.arrivals import Arrivals, call
 from pubsub_mw.client.channels import Channels
-from pubsub_mw.client.http import HttpLink, open_http
+from pubsub_mw.client.http import HttpLink
+from pubsub_mw.client.ladder import TRANSPORTS, Ladder, backoff
 from pubsub_mw.client.requests import Params, Requests, Response, build_request, is_newer
 from pubsub_mw.client.subscription import Gap, Message, Presence, Subscription, closed_here
-from pubsub_mw.client.websocket import LinkLost, WebSocketLink, open_websocket
+from pubsub_mw.client.websocket import LinkLost, WebSocketLink, websocket_url
 from pubsub_mw.errors import (
     CloseCode,
     ConnectFailed,
@@ -30,24 +29,15 @@ from pubsub_mw.errors import (
     may_reconnect,
 )
 
-__all__ = ["Connection", "backoff", "connect"]
+__all__ = ["Connection", "connect"]
 
 log = logging.getLogger("pubsub_mw")
 
-_BASE_SECONDS, _CAP_SECONDS = 0.5, 20.0
 _PONG_SECONDS = 8.0
 """Beyond the server's ping interval without a frame the link is dead."""
 _MAX_WAITING = 1_000
-_CLIMB_PATIENCE = 40.0
-"""Times the longest back-off: until a better transport is tried."""
-_TRANSPORTS = ("websocket", "sse", "longpoll")
 
 Grant = str | Callable[[], str | Awaitable[str]]
-
-
-def backoff(attempt: int, chance: float) -> float:
-    """Return how many seconds to wait before attempt `attempt` (from 0), with full jitter; `chance` is 0 to 1."""
-    return chance * min(_CAP_SECONDS, _BASE_SECONDS * 2.0 ** min(attempt, 16))
 
 
 def connect(
@@ -56,7 +46,7 @@ def connect(
     grant: Grant | None = None,
     headers: Mapping[str, str] | None = None,
     on_private: Callable[[Message], object] | None = None,
-    transports: Sequence[str] = _TRANSPORTS,
+    transports: Sequence[str] = TRANSPORTS,
     open_timeout: float = 10.0,
     max_pending: int = 64,
     max_frame_bytes: int = 65_536,
@@ -78,10 +68,10 @@ def connect(
         ConnectFailed: (on entering) nobody answered in time.
         ConnectionClosed: (on entering) the server refuses for good, such as by GRANT_INVALID.
     """
-    if not transports or not set(transports) <= set(_TRANSPORTS):
-        raise ValueError(f"transports={transports!r} must be some of {', '.join(_TRANSPORTS)}")
+    if not transports or not set(transports) <= set(TRANSPORTS):
+        raise ValueError(f"transports={transports!r} must be some of {', '.join(TRANSPORTS)}")
     return Connection(
-        _websocket_url(url),
+        websocket_url(url),
         grant,
         dict(headers or {}),
         on_private,
@@ -127,11 +117,8 @@ class Connection:
         self._own: dict[str, str] = {}  # own channels -> positions
         self._private = Arrivals[Message](_MAX_WAITING)
         self._channels = Channels(self._send)
-        self._requests = Requests(self._send, self._tell, max_pending)
-        self._transports = transports
-        self._level = 0  # in `_transports`
-        self._has_delivered = False  # a ping came, so the link stands idle time, and nobody keeps back what comes
-        self._climbs = 0
+        self._requests = Requests(self._send, lambda frame: self._help(self._send(frame)), max_pending)
+        self._ladder = Ladder(url, headers, transports)
         self._climbing: asyncio.Task[None] | None = None
         self._link: WebSocketLink | HttpLink | None = None
         self._task: asyncio.Task[None] | None = None
@@ -147,7 +134,7 @@ class Connection:
 
     @property
     def transport(self) -> str:
-        return self._transports[self._level]
+        return self._ladder.transport
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run())
@@ -295,9 +282,6 @@ class Connection:
         if self._link is not None:
             await self._link.send(frame)
 
-    def _tell(self, frame: Mapping[str, Any]) -> None:
-        self._help(self._send(frame))
-
     def _settle_later(self) -> None:
         """Ask again, after a while, for what was unavailable; requests wait meanwhile, to keep their order."""
         self._requests.pause()
@@ -321,7 +305,7 @@ class Connection:
                 try:
                     least = await self._session()
                 except (OSError, TimeoutError, LinkLost, _GrantFailed) as error:
-                    self._fall()
+                    self._ladder.fall()
                     self._failure = str(error) or type(error).__name__
                     log.info("%s: %s", self._url, self._failure)
                 finally:
@@ -341,11 +325,10 @@ class Connection:
 
     async def _session(self) -> float:
         """Live through one link; return how many seconds the server asks to wait before the next."""
-        self._has_delivered = False
         grant = await self._fetch_grant()
         # At first, all of them have to find room in that time.
-        silence = self._open_timeout / (1 if self._opened.is_set() else len(self._transports))
-        async with self._open(silence) as link:
+        silence = self._open_timeout / (1 if self._opened.is_set() else len(self._ladder.transports))
+        async with self._ladder.open(silence, self._positions) as link:
             self._link = link
             channels = self._positions()
             await self._send({"type": "connect", "grant": grant, "resume": self._resume, "channels": channels})
@@ -366,36 +349,13 @@ class Connection:
                 link.abort()  # nobody is there to say goodbye to
                 raise
 
-    def _open(self, timeout: float) -> AbstractAsyncContextManager[WebSocketLink | HttpLink]:
-        if self.transport == "websocket":
-            return open_websocket(self._url, self._headers, timeout)
-        return open_http(self._url, self._headers, self.transport, self._positions)
-
     def _positions(self) -> dict[str, str | None]:
         return self._channels.positions() | self._own
 
-    def _fall(self) -> None:
-        """Try the next transport, unless this one has shown that it delivers."""
-        if not self._has_delivered:
-            self._level = (self._level + 1) % len(self._transports)
-
     async def _climb(self) -> None:
-        """Try what is better: a WebSocket beside what there is; a stream takes the place of the polls in any case."""
-        while True:
-            await asyncio.sleep(_CLIMB_PATIENCE * backoff(self._climbs, 1.0))
-            self._climbs += 1
-            better = self._level - 1
-            if self._transports[0] == "websocket":
-                try:
-                    async with open_websocket(self._url, self._headers, self._open_timeout):
-                        better = 0
-                except LinkLost:
-                    if better == 0:
-                        continue
-            if self._link is not None:
-                self._level, self._has_delivered = better, True
-                self._link.abort()
-            return
+        await self._ladder.climb(self._open_timeout)
+        if self._link is not None:
+            self._link.abort()
 
     def _ended(self, code: int, reason: str, retry: float) -> float:
         is_renewable = code == CloseCode.GRANT_EXPIRED and callable(self._grant)
@@ -404,7 +364,7 @@ class Connection:
         if code == CloseCode.MESSAGE_TOO_BIG:
             self._requests.abandon(reason)  # never send it again
         if code < 3000:
-            self._fall()
+            self._ladder.fall()
         self._failure = f"closed with {code}: {reason}"
         return retry
 
@@ -413,8 +373,8 @@ class Connection:
     async def _receive(self, frame: dict[str, Any]) -> None:
         kind, channel = frame["type"], frame.get("channel", "")
         if kind == "ping":
-            self._attempt, self._is_renewing, self._has_delivered = 0, False, True
-            self._climbs = self._climbs if self._level else 0
+            self._attempt, self._is_renewing = 0, False
+            self._ladder.delivered()
             await self._send({"type": "pong"})
         elif kind == "connected":
             await self._connected(frame)
@@ -461,7 +421,7 @@ class Connection:
         if self._resumed_id not in (None, self.id):
             self._requests.abandon("the connection was not resumed")
         self._resumed_id = self.id
-        if self._level and self.state != "connected":
+        if not self._ladder.is_on_top and self.state != "connected":
             self._climbing = self._help(self._climb())
         self.state, self._is_renewing = "connected", False
         self._opened.set()
@@ -525,11 +485,3 @@ class Connection:
 
 class _GrantFailed(Exception):
     """The application's own function for a grant raised, or did not return in time."""
-
-
-def _websocket_url(url: str) -> str:
-    parts = urlsplit(url)
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    if scheme not in ("ws", "wss") or not parts.netloc:
-        raise ValueError(f"{url!r} must be the ws://, wss://, http:// or https:// url of a realtime endpoint")
-    return urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + "/", parts.query, ""))

@@ -10,11 +10,12 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-__all__ = ["LinkLost", "WebSocketLink", "open_websocket"]
+__all__ = ["LinkLost", "WebSocketLink", "open_websocket", "websocket_url"]
 
 _CLOSE_SECONDS = 2.0
 _MAX_FRAME_BYTES = 64 << 20
@@ -87,3 +88,16 @@ async def open_websocket(url: str, headers: Mapping[str, str], timeout: float) -
         yield WebSocketLink(socket)
     finally:
         await socket.close()
+
+
+def websocket_url(url: str) -> str:
+    """Return where the WebSocket of an endpoint is.
+
+    Raises:
+        ValueError: `url` is none.
+    """
+    parts = urlsplit(url)
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    if scheme not in ("ws", "wss") or not parts.netloc:
+        raise ValueError(f"{url!r} must be the ws://, wss://, http:// or https:// url of a realtime endpoint")
+    return urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + "/", parts.query, ""))
