@@ -317,3 +317,56 @@ def test_channels_travel_in_a_resume_token() -> None:
     channels = {"room:42": "e.1.t", "news": None}
     resume = Resume(connection=ConnectionId("c1"), grant=None, user_position=None, issued_at=1_000.0, channels=channels)
     assert verify_resume(SECRET, sign_resume(SECRET, resume, expires=60), now=1_001.0).channels == channels
+
+
+def resume_key(use: str = "resume") -> str:
+    return hmac.new(SECRET.encode(), f"pubsub-mw {use} token".encode(), hashlib.sha256).hexdigest()
+
+
+def test_a_resume_token_is_a_jwt_that_others_can_check() -> None:
+    token = sign_resume(SECRET, RESUME, expires=60)
+    claims = jwt.decode(token, resume_key(), algorithms=["HS256"], options={"verify_exp": False, "verify_iat": False})
+    assert claims["cid"] == RESUME.connection
+    # One that was made by the library is taken, as by a server of an older version.
+    assert verify_resume(SECRET, jwt.encode(claims, resume_key(), algorithm="HS256"), now=NOW) == RESUME
+
+
+def test_a_resume_token_that_differs_in_any_character_is_refused() -> None:
+    token = sign_resume(SECRET, RESUME, expires=60)
+    for index in range(len(token)):
+        other = "A" if token[index] != "A" else "B"
+        for altered in (token[:index] + other + token[index + 1 :], token[:index] + token[index + 1 :]):
+            with pytest.raises(GrantError):
+                verify_resume(SECRET, altered, now=NOW)
+    for altered in (
+        "",
+        ".",
+        "..",
+        "...",
+        token + ".",
+        "." + token,
+        token + "=",
+        token + "\n",
+        token + "ä",
+        token + "\ud800",
+    ):
+        with pytest.raises(GrantError):
+            verify_resume(SECRET, altered, now=NOW)
+
+
+@pytest.mark.parametrize(
+    "header", [{"alg": "none"}, {"alg": "HS512", "typ": "JWT"}, {"alg": "HS256"}, {"typ": "JWT", "alg": "HS256"}]
+)
+def test_a_resume_token_has_one_header_and_its_algorithm_is_not_asked_for(header: dict[str, str]) -> None:
+    _, payload, _ = sign_resume(SECRET, RESUME, expires=60).split(".")
+    content = f"{_base64(json.dumps(header).encode()).decode()}.{payload}"
+    signature = _base64(hmac.digest(resume_key().encode(), content.encode(), "sha256")).decode()
+    for forged in (f"{content}.", f"{content}.{signature}"):
+        with pytest.raises(GrantError):
+            verify_resume(SECRET, forged, now=NOW)
+
+
+def test_a_number_of_any_size_survives_in_the_grant_of_a_resume_token() -> None:
+    grant = Grant(user="7", channels=(), publish=(), info={"n": 1 << 200}, issued_at=NOW, expires_at=NOW + 60)
+    resume = Resume(connection=ConnectionId("c"), grant=grant, user_position=None, issued_at=NOW)
+    assert verify_resume(SECRET, sign_resume(SECRET, resume, expires=60), now=NOW) == resume

@@ -110,7 +110,11 @@ class _WithRealtime:
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
             return
-        if scope["path"] == scope.get("root_path", "") + MOUNT:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "websocket" and path in (MOUNT, MOUNT + "/"):
+            await self.realtime(scope, receive, send)  # nothing is to be routed, 10,000 times in a mass reconnect
+            return
+        if path == MOUNT:
             scope = {**scope, "path": scope["path"] + "/"}
         await self._router(scope, receive, send)
 

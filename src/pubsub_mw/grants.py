@@ -10,13 +10,17 @@ Never:  reads a clock; fetches a key; lets the token choose the algorithm. A res
 Source: RFC 7519 (JWT), RFC 8725 (its best current practices).
 """
 
+import base64
+import functools
 import hashlib
 import hmac
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jwt
+import orjson
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -28,6 +32,10 @@ __all__ = ["GrantVerifier", "Resume", "queue_key", "sign_grant", "sign_resume", 
 _UNTIMED = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False, "verify_sub": False}
 
 _P256 = ec.SECP256R1()
+
+_RESUME_HEADER = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9"
+"""`{"alg":"HS256","typ":"JWT"}`. Resume tokens are JWTs signed and checked here: one is made for every connection, and
+what PyJWT does beyond an HMAC takes three times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +163,12 @@ def sign_resume(secret: str, resume: Resume, *, expires: float, use: str = "resu
             "iat": grant.issued_at,
             "exp": grant.expires_at,
         }
-    return jwt.encode(claims, _resume_key(secret, use), algorithm="HS256")
+    try:
+        payload = orjson.dumps(claims)
+    except TypeError:  # a number in `info` of more than 64 bits
+        payload = json.dumps(claims).encode()
+    content = f"{_RESUME_HEADER}.{_encode(payload)}"
+    return f"{content}.{_sign(content, secret, use)}"
 
 
 def verify_resume(secret: str, token: str, *, now: float, use: str = "resume") -> Resume:
@@ -165,10 +178,13 @@ def verify_resume(secret: str, token: str, *, now: float, use: str = "resume") -
         GrantExpired: the token itself is too old.
         GrantError: it is not one of ours.
     """
-    try:
-        claims = jwt.decode(token, _resume_key(secret, use), algorithms=["HS256"], options=_UNTIMED)  # type: ignore[arg-type]
-    except (jwt.InvalidTokenError, UnicodeEncodeError) as error:
-        raise GrantError(f"the resume token is not valid: {error}") from error
+    content, _, signature = token.rpartition(".")
+    header, _, payload = content.partition(".")
+    # The header is compared, never read: what is signed here has one algorithm and one form.
+    is_ours = hmac.compare_digest(signature.encode("utf-8", "replace"), _sign(content, secret, use).encode())
+    if header != _RESUME_HEADER or not is_ours:
+        raise GrantError("the resume token is not valid: it was not signed here, or altered since")
+    claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
     if claims["exp"] <= now:
         raise GrantExpired("the resume token is too old")
     return Resume(
@@ -185,8 +201,17 @@ def queue_key(secret: str) -> bytes:
     return hmac.new(secret.encode(), b"pubsub-mw request", hashlib.sha256).digest()
 
 
-def _resume_key(secret: str, use: str) -> str:
-    return hmac.new(secret.encode(), f"pubsub-mw {use} token".encode(), hashlib.sha256).hexdigest()
+def _sign(content: str, secret: str, use: str) -> str:
+    return _encode(hmac.digest(_resume_key(secret, use), content.encode("utf-8", "replace"), "sha256"))
+
+
+@functools.lru_cache(16)
+def _resume_key(secret: str, use: str) -> bytes:
+    return hmac.new(secret.encode(), f"pubsub-mw {use} token".encode(), hashlib.sha256).hexdigest().encode()
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _grant_from(claims: Mapping[str, Any]) -> Grant:

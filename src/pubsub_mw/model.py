@@ -261,6 +261,7 @@ class Grant:
 
 FROM_HANDSHAKE = frozenset({"accept-language", "cookie", "host", "origin", "referer", "user-agent"})
 """Headers of a handshake that the application sees with each request; no others are put into the queue."""
+_FROM_HANDSHAKE = frozenset(name.encode() for name in FROM_HANDSHAKE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -286,13 +287,22 @@ class Handshake:
         return next((value for key, value in self.headers if key == name), None)
 
     @classmethod
-    def from_scope(cls, scope: Mapping[str, object]) -> "Handshake":
-        """Read it from an ASGI scope. Source: ASGI spec, "HTTP & WebSocket ASGI Message Format"."""
+    def from_scope(cls, scope: Mapping[str, object], *, is_whole: bool = True) -> "Handshake":
+        """Read it from an ASGI scope; with `FROM_HANDSHAKE` alone, unless it is to be whole.
+
+        Source: ASGI spec, "HTTP & WebSocket ASGI Message Format".
+        """
         headers = scope["headers"]
         client = scope.get("client")
         assert isinstance(headers, (list, tuple))
         return cls(
-            headers=tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in headers),
+            headers=tuple(
+                [
+                    (name.decode("latin-1").lower(), value.decode("latin-1"))
+                    for name, value in headers
+                    if is_whole or name in _FROM_HANDSHAKE
+                ]
+            ),
             scheme="https" if scope.get("scheme") in ("https", "wss") else "http",
             address=str(client[0]) if isinstance(client, (list, tuple)) else "",
         )

@@ -44,7 +44,13 @@ def websocket_class(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def serve_app(websocket_class: str) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
+def http_class(websocket_class: str) -> str:
+    """The class for HTTP that goes with it."""
+    return "pubsub_mw.realtime.uvicorn_protocol:HTTPProtocol" if websocket_class == OURS else "auto"
+
+
+@pytest.fixture
+async def serve_app(websocket_class: str, http_class: str) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
     """Start `await serve_app(app, **uvicorn_options)`; it stops with the test."""
     running: list[tuple[Site, asyncio.Task[None]]] = []
 
@@ -53,6 +59,7 @@ async def serve_app(websocket_class: str) -> AsyncIterator[Callable[..., Awaitab
             "lifespan": "auto",
             "log_config": None,
             "timeout_graceful_shutdown": 1,
+            "http": http_class,
             "ws": websocket_class,
             **options,
         }

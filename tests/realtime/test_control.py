@@ -393,6 +393,42 @@ async def test_what_is_ended_while_its_look_up_is_under_way_ends(prefix: str) ->
             task.cancel()
 
 
+async def test_who_comes_while_others_are_looked_up_is_looked_up_with_all_the_rest(prefix: str) -> None:
+    settings = Settings.build("memory://", environ={}, prefix=prefix)
+    asked: list[int] = []
+
+    class Counting(SlowLookUp):
+        async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
+            asked.append(len(identities))
+            return await super().revoked(identities)
+
+    broker = Counting(settings)
+    hub = Hub(broker, settings)
+    shared = Shared(settings, hub, broker, AsyncPublisher(**settings.overrides()), SECRET)
+    publisher = Publisher("memory://", prefix=prefix, secret=SECRET)
+    late = publisher.grant("7")
+    publisher.disconnect(user="7")
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(hub.run())
+        await eventually_async(lambda: hub.is_up)
+        connections = [Connection(shared, Handshake(headers=(), scheme="http", address="")) for _ in range(100)]
+        for index, connection in enumerate(connections):
+            grant = publisher.grant("8") if index else late
+            tasks.create_task(connection.receive(json.dumps({"type": "connect", "grant": grant})))
+        await broker.has_read.wait()
+        gone = tasks.create_task(shared.control.look_up(connections[1]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        broker.may_answer.set()
+        await eventually_async(lambda: sum(connection.id is not None for connection in connections) == 99)
+        assert connections[0].send_queue.closed is not None
+        assert connections[0].send_queue.closed[0] == DISCONNECTED
+        assert len(asked) <= 2
+        for connection in connections:
+            connection.close()
+        running.cancel()
+
+
 @pytest.fixture
 async def behind_proxy(
     redis_server: RedisServer, prefix: str, raw_client: Open, tcp_proxy: Callable[[int], TcpProxy]

@@ -2,12 +2,20 @@
 
 import asyncio
 import contextlib
+import datetime
+import ipaddress
 import json
 import logging
+import ssl
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, WebSocketRoute
@@ -16,10 +24,12 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
+from pubsub_mw.errors import CloseCode
+from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime import Realtime
 from pubsub_mw.realtime import uvicorn_protocol as module
 from pubsub_mw.realtime.socket import Socket
-from tests.realtime.conftest import OURS, SECRET, Site
+from tests.realtime.conftest import OURS, PLAIN, SECRET, Site
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import RawClient
 
@@ -28,7 +38,27 @@ pytestmark = pytest.mark.anyio
 ServeApp = Callable[..., Awaitable[Site]]
 Open = Callable[..., Awaitable[RawClient]]
 
+HTTP = "pubsub_mw.realtime.uvicorn_protocol:HTTPProtocol"
+
 seen: list[Any] = []
+
+
+@pytest.fixture(
+    params=[(OURS, HTTP), (OURS, "auto"), (OURS, "h11"), (PLAIN, "auto")], ids=lambda pair: "-".join(pair)[-20:]
+)
+def classes(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Our classes; ours behind each of uvicorn's for HTTP; and uvicorn's alone."""
+    return request.param[0], request.param[1]
+
+
+@pytest.fixture
+def websocket_class(classes: tuple[str, str]) -> str:
+    return classes[0]
+
+
+@pytest.fixture
+def http_class(classes: tuple[str, str]) -> str:
+    return classes[1]
 
 
 async def echo(websocket: WebSocket) -> None:
@@ -245,7 +275,7 @@ async def test_a_head_that_comes_too_slowly_is_cut_off(
     serve_app: ServeApp, app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_HEAD_SECONDS", 200 * MS)
-    site = await serve_app(app, http="pubsub_mw.realtime.uvicorn_protocol:HTTPProtocol")
+    site = await serve_app(app, http=HTTP)
     silent = await asyncio.open_connection("127.0.0.1", site.port)
     slow = await asyncio.open_connection("127.0.0.1", site.port)
     again = await asyncio.open_connection("127.0.0.1", site.port)
@@ -260,4 +290,44 @@ async def test_a_head_that_comes_too_slowly_is_cut_off(
             async with asyncio.timeout(2_000 * MS):
                 await reader.read()
         writer.close()
+    await eventually_async(lambda: not site.server.server_state.connections)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    """Files with a certificate for 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    (tmp_path / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    private = serialization.PrivateFormat.PKCS8
+    pem = key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(pem)
+    return str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+
+
+async def test_over_tls_it_is_the_same(
+    serve_app: ServeApp, app: Any, certificate: tuple[str, str], prefix: str
+) -> None:
+    site = await serve_app(app, ssl_certfile=certificate[0], ssl_keyfile=certificate[1])
+    context = ssl.create_default_context(cafile=certificate[0])
+    url = f"wss://127.0.0.1:{site.port}"
+    async with connect(url + "/look", ssl=context, proxy=None) as client:
+        assert json.loads(await client.recv())["scheme"] == "wss"
+    async with connect(url + "/realtime/", ssl=context, proxy=None) as client:
+        await client.send('{"type":"connect","channels":{"room":null}}')
+        while json.loads(await client.recv())["type"] != "subscribed":
+            pass
+        text = "x" * 500_000
+        await AsyncPublisher("memory://", prefix=prefix, secret=SECRET).publish("room", text)
+        assert json.loads(await client.recv())["data"] == text
+        await client.send("x" * 100_000)
+        assert json.loads(await client.recv())["code"] == CloseCode.MESSAGE_TOO_BIG
+        with pytest.raises(ConnectionClosed):
+            await client.recv()
+        assert client.close_code == CloseCode.MESSAGE_TOO_BIG
     await eventually_async(lambda: not site.server.server_state.connections)

@@ -180,7 +180,7 @@ class Realtime(Starlette):
         signal.signal(signal.SIGTERM, on_sigterm)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        handshake = Handshake.from_scope(scope)
+        handshake = Handshake.from_scope(scope, is_whole=False)
         try:
             shared = await self._checked(handshake)
             leave = self._admit(handshake)

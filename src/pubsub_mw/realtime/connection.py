@@ -802,7 +802,8 @@ def _recall_nothing(_channel: str) -> None:
 def _pack(handshake: Handshake) -> bytes:
     """Return what is needed of a handshake later, in one object."""
     headers = [item for item in handshake.headers if item[0] in FROM_HANDSHAKE]
-    return orjson.dumps((headers, handshake.scheme, handshake.address))
+    # Copied, because orjson leaves its answer in a buffer of 4 KB.
+    return bytes(memoryview(orjson.dumps((headers, handshake.scheme, handshake.address))))
 
 
 def _unpack(packed: bytes) -> Handshake:

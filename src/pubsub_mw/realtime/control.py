@@ -79,6 +79,8 @@ class Control:
         self._numbers = itertools.count()
         self._unsaid: dict[ConnectionId, int] = {}
         self._saying: asyncio.Task[None] | None = None
+        self._asking: list[tuple[Controlled, asyncio.Future[None]]] = []  # what of theirs was revoked
+        self._looking: asyncio.Task[None] | None = None
 
     def enter(self, connection: Controlled) -> None:
         """Let news reach a connection. Before its revocations are looked up."""
@@ -88,12 +90,39 @@ class Control:
         """Forget a connection. Idempotent."""
         self._connections.pop(connection, None)
 
-    async def look_up(self, *connections: Controlled) -> None:
-        """Apply to connections what was revoked before they came.
+    async def look_up(self, connection: Controlled) -> None:
+        """Apply to a connection what was revoked before it came; in one round trip for all who ask meanwhile.
 
         Raises:
             BrokerUnavailable: it cannot be known now.
         """
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asking.append((connection, told))
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(_log_fault)
+        await told
+
+    async def _look(self) -> None:
+        try:
+            while self._asking:
+                batch, self._asking = self._asking[:_BATCH], self._asking[_BATCH:]
+                problem: Exception | None = None
+                try:
+                    await self._look_up([connection for connection, _ in batch])
+                except Exception as error:  # noqa: BLE001 - those who asked are told
+                    problem = error
+                for _, told in batch:
+                    if told.done():
+                        continue  # who asked has gone
+                    if problem is None:
+                        told.set_result(None)
+                    else:
+                        told.set_exception(problem)
+        finally:
+            self._looking = None
+
+    async def _look_up(self, connections: Sequence[Controlled]) -> None:
         named = [(connection, identity) for connection in connections for identity in connection.identities]
         if named:
             found = await self._broker.revoked([identity for _, identity in named])
@@ -106,7 +135,7 @@ class Control:
         self._claims[connection] = self._unsaid[connection] = next(self._numbers)
         if self._saying is None:
             self._saying = asyncio.create_task(self._say())
-            self._saying.add_done_callback(self._on_said)
+            self._saying.add_done_callback(_log_fault)
 
     async def run(self) -> NoReturn:
         """Follow the control channel, for ever."""
@@ -163,7 +192,7 @@ class Control:
         connections = list(self._connections)
         while connections:
             try:
-                await self.look_up(*connections[:_BATCH])
+                await self._look_up(connections[:_BATCH])
             except BrokerUnavailable as error:
                 log.warning("revocations not looked up yet: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -188,10 +217,6 @@ class Control:
         finally:
             self._saying = None
 
-    def _on_said(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and task.exception() is not None:
-            log.error("claims were lost by a fault of the server", exc_info=task.exception())
-
     def _draft(self, connection: ConnectionId, number: int) -> Draft:
         news = head_of({"type": "resumed", "connection": connection, "server": self._server, "number": number})
         return build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")
@@ -205,6 +230,11 @@ class Control:
     def _forget_claim(self, connection: ConnectionId, number: int) -> None:
         if self._claims.get(connection) == number:
             del self._claims[connection]
+
+
+def _log_fault(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("the control failed by a fault of the server", exc_info=task.exception())
 
 
 def close_unsettled(queue: SendQueue, settled: "asyncio.Future[bool]") -> None:

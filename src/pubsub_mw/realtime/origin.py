@@ -9,6 +9,7 @@ A browser names the page in `Origin` on every WebSocket and every POST, and no p
 any page could open a connection with the visitor's cookies. Source: RFC 6455 10.2, RFC 6454.
 """
 
+import functools
 from urllib.parse import urlsplit
 
 from pubsub_mw.model import Handshake
@@ -54,6 +55,7 @@ def names_origin(origins: tuple[str, ...], origin: str) -> bool:
     return wanted is not None and any(_parse(candidate) == wanted for candidate in origins)
 
 
+@functools.lru_cache(1_024)
 def _parse(origin: str) -> tuple[str, str, int] | None:
     """Return scheme, host and port, or None if `origin` is not exactly scheme://host[:port]."""
     try:

@@ -264,11 +264,11 @@ class Socket(SendQueue, asyncio.Protocol):
 
     def _set_option(self, level: int, option: int | None, value: int | bytes) -> None:
         found = self._transport.get_extra_info("socket")
-        if found is not None and option is not None and found.family in (socket.AF_INET, socket.AF_INET6):
+        if found is not None and option is not None:
             try:
                 found.setsockopt(level, option, value)
             except OSError:
-                pass  # closed already
+                pass  # closed already, or not TCP
 
     # In.
 

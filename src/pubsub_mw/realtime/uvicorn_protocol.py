@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.utils import ClientDisconnected, get_local_addr, get_remote_addr, is_ssl
+from uvicorn.protocols.utils import ClientDisconnected, is_ssl
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.utils import accept_key
@@ -47,13 +47,13 @@ _Headers = list[tuple[bytes, bytes]]
 class WebSocketProtocol(asyncio.Protocol):
     """One connection from its upgrade until it is clear who serves it."""
 
-    __slots__ = ("_app_state", "_config", "_head", "_ordinary", "_scope", "_state", "_task", "_transport")
+    __slots__ = ("_app_state", "_config", "_ordinary", "_scope", "_state", "_target", "_task", "_transport")
 
     def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
         self._config = config
         self._state = server_state
         self._app_state = app_state
-        self._head = b""
+        self._target = b""
         self._ordinary: _Ordinary | None = None
         self._task: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None  # None once it is given away
@@ -66,11 +66,9 @@ class WebSocketProtocol(asyncio.Protocol):
         self._state.connections.add(self)  # type: ignore[arg-type]
 
     def data_received(self, data: bytes) -> None:
-        headers = None if self._head or self._ordinary else _plain_handshake(data)
-        if headers is None:
+        read = None if self._target or self._ordinary else _read_head(data)
+        if read is None or not self.begin(*read):
             self._fall_back().data_received(data)
-        else:
-            self._begin(data, headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fall_back().connection_lost(exc)
@@ -78,19 +76,21 @@ class WebSocketProtocol(asyncio.Protocol):
     def shutdown(self) -> None:
         self._fall_back().shutdown()
 
-    def _begin(self, head: bytes, headers: _Headers) -> None:
-        """Run the app on a handshake that nobody has answered yet."""
+    def begin(self, target: bytes, headers: _Headers) -> bool:
+        """Run the app on a handshake that nobody has answered yet; False = let uvicorn's class look at it."""
+        if not target.startswith(b"/") or not target.isascii() or not _is_plain(headers):
+            return False
         assert self._transport is not None
-        self._head = head
+        self._target = target
         config, transport = self._config, self._transport
-        raw_path, _, query_string = head[4 : head.index(b" HTTP/1.1\r\n")].partition(b"?")
+        raw_path, _, query_string = target.partition(b"?")
         self._scope = {
             "type": "websocket",
             "asgi": {"version": config.asgi_version, "spec_version": "2.4"},
             "http_version": "1.1",
             "scheme": "wss" if is_ssl(transport) else "ws",
-            "server": get_local_addr(transport),
-            "client": get_remote_addr(transport),
+            "server": _server(transport.get_extra_info("sockname")),
+            "client": _client(transport.get_extra_info("peername")),
             "root_path": config.root_path,
             "path": config.root_path + unquote(raw_path.decode("ascii")),
             "raw_path": config.root_path.encode("ascii") + raw_path,
@@ -104,6 +104,7 @@ class WebSocketProtocol(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(app)
         self._state.tasks.add(self._task)
         self._task.add_done_callback(self._on_app_done)
+        return True
 
     def _on_app_done(self, task: "asyncio.Task[None]") -> None:
         self._state.tasks.discard(task)
@@ -149,7 +150,8 @@ class WebSocketProtocol(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._transport.set_protocol, ordinary)
             if self._task is not None:
                 ordinary.app = self._wait_for_app
-                ordinary.data_received(self._head)
+                lines = [b"%b: %b\r\n" % header for header in self._scope["headers"]]
+                ordinary.data_received(b"GET %b HTTP/1.1\r\n%b\r\n" % (self._target, b"".join(lines)))
         return self._ordinary
 
     async def _wait_for_app(self, *_: Any) -> None:
@@ -179,6 +181,20 @@ class HTTPProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
         super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self) -> None:
+        if self.ws_protocol_class is not WebSocketProtocol or self.scope["method"] != "GET":
+            super().handle_websocket_upgrade()
+            return
+        # As uvicorn does, but what has been parsed is not written and parsed again.
+        protocol = WebSocketProtocol(self.config, self.server_state, self.app_state)
+        protocol.connection_made(self.transport)
+        if protocol.begin(self.url, self.headers):
+            self.connections.discard(self)
+            self.transport.set_protocol(protocol)
+        else:
+            self.server_state.connections.discard(protocol)
+            super().handle_websocket_upgrade()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -210,37 +226,52 @@ class WithoutQuery(logging.Filter):
         return True
 
 
-def _plain_handshake(head: bytes) -> _Headers | None:
-    """Return the headers of a handshake that has all it must and nothing odd; None = let uvicorn's class look at it.
-
-    What arrives here was read and written anew by uvicorn's HTTP parser.
-    """
+def _read_head(head: bytes) -> tuple[bytes, _Headers] | None:
+    """Return target and headers of a request that uvicorn's HTTP class has parsed and written anew."""
     first, *lines, end, after = head.split(b"\r\n")
-    if end or after or not first.startswith(b"GET /") or not first.endswith(b" HTTP/1.1"):
+    if end or after or not first.startswith(b"GET ") or not first.endswith(b" HTTP/1.1"):
         return None
     headers = []
-    once: dict[bytes, bytes] = {}
     for line in lines:
         name, separator, value = line.partition(b": ")
-        headers.append((name, value))
-        if not separator or (name in _ONCE and once.setdefault(name, value) is not value):
+        if not separator:
             return None
+        headers.append((name, value))
+    return first[4:-9], headers
+
+
+def _is_plain(headers: _Headers) -> bool:
+    """Whether a handshake has all it must, and nothing odd that needs a closer look. Source: RFC 6455 4.2.1."""
+    once: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in _ONCE:
+            if name in once:
+                return False
+            once[name] = value
     try:
         key = base64.b64decode(once.get(b"sec-websocket-key", b""), validate=True)
     except binascii.Error:
-        return None
-    is_plain = (
+        return False
+    return (
         len(key) == 16
         and once.get(b"sec-websocket-version") == b"13"
         and once.get(b"upgrade", b"").lower() == b"websocket"
         and _CONNECTION.match(once.get(b"connection", b"")) is not None
     )
-    return headers if is_plain else None
 
 
 _ONCE = frozenset({b"connection", b"origin", b"sec-websocket-key", b"sec-websocket-version", b"upgrade"})
 
 
+def _server(found: Any) -> tuple[str, int | None] | None:
+    """Return an address as a scope has it: host and port, or the path of a UNIX socket."""
+    return (found, None) if isinstance(found, str) and found else _client(found)
+
+
+def _client(found: Any) -> tuple[str, int] | None:
+    return (str(found[0]), int(found[1])) if isinstance(found, tuple) else None
+
+
 def _subprotocols(headers: _Headers) -> list[str]:
-    values = [value.decode("latin-1") for name, value in headers if name == b"sec-websocket-protocol"]
-    return [name.strip() for value in values for name in value.split(",")]
+    values = [value for name, value in headers if name == b"sec-websocket-protocol"]
+    return [name.strip() for value in values for name in value.decode("latin-1").split(",")]
