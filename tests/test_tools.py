@@ -21,6 +21,7 @@ from websockets.asyncio.server import ServerConnection, serve
 import pubsub_mw
 from tests.tools.browser import PageErrors
 from tests.tools.clock import MS, eventually, eventually_async
+from tests.tools.http_proxy import HttpProxy
 from tests.tools.ports import free_port
 from tests.tools.raw_client import RawClient
 from tests.tools.redis_server import RedisServer
@@ -184,6 +185,71 @@ def test_a_dead_server_behind_the_proxy_shows_as_a_reset(tcp_proxy: Proxy) -> No
 
 
 # Redis.
+
+
+@pytest.fixture
+async def streaming_server(anyio_backend: object) -> AsyncIterator[int]:  # noqa: ARG001 - it makes the fixture async
+    """A server that answers each request with `begin`, and `end` when the client says `go`; its port."""
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nbegin")
+        if await reader.read(2) == b"go":
+            writer.write(b"end")
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+
+
+async def ask_through(proxy: HttpProxy, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+    return reader, writer
+
+
+@pytest.mark.anyio
+async def test_an_http_proxy_refuses_and_counts_by_transport(streaming_server: int) -> None:
+    async with HttpProxy(streaming_server).run() as proxy:
+        proxy.refuse("sse")
+        reader, writer = await ask_through(proxy, "/realtime/events?channel=a")
+        assert (await reader.read()).startswith(b"HTTP/1.1 403")
+        writer.close()
+        reader, writer = await ask_through(proxy, "/realtime/poll?channel=a")
+        assert (await reader.readuntil(b"begin")).startswith(b"HTTP/1.1 200")
+        writer.close()
+        assert proxy.seen == {"sse": 1, "longpoll": 1}
+
+
+@pytest.mark.anyio
+async def test_an_http_proxy_holds_an_answer_back_until_it_is_complete(streaming_server: int) -> None:
+    async with HttpProxy(streaming_server).run() as proxy:
+        proxy.held = {"sse"}
+        reader, writer = await ask_through(proxy, "/events")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(100 * MS):
+                await reader.read(1)
+        writer.write(b"go")
+        assert (await reader.read()).endswith(b"beginend")
+        writer.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", ["cut", "idle"])
+async def test_an_http_proxy_cuts_what_it_is_told_to_and_what_is_idle(streaming_server: int, how: str) -> None:
+    async with HttpProxy(streaming_server).run() as proxy:
+        reader, writer = await ask_through(proxy, "/events")
+        await reader.readuntil(b"begin")
+        if how == "cut":
+            proxy.cut("longpoll")
+            proxy.cut("sse")
+        else:
+            proxy.idle_seconds = 50 * MS
+        async with asyncio.timeout(5000 * MS):
+            assert await reader.read() == b""
+        writer.close()
 
 
 def test_redis_keeps_its_port_through_a_kill_and_starts_empty(own_redis: RedisServer) -> None:
