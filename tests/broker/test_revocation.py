@@ -1,6 +1,7 @@
 """What the broker remembers of what was revoked. Every test runs against each engine."""
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,7 +12,7 @@ import redis
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.errors import ChannelError, PublishError
 from pubsub_mw.model import CONTROL_CHANNEL
-from pubsub_mw.publisher import Publisher
+from pubsub_mw.publisher import AsyncPublisher, Publisher
 from pubsub_mw.settings import Settings
 from tests.broker.follow import following
 from tests.tools.clock import MS, eventually_async
@@ -142,3 +143,42 @@ def test_a_revocation_that_fails_half_way_raises_and_is_good_when_repeated(own_r
     with redis.Redis(port=own_redis.port) as client:
         assert client.hexists(f"{prefix}:revoked:user:7", "*")
     publisher.close()
+
+
+def test_an_async_publisher_ends_the_same(make: Make) -> None:
+    settings = make()
+
+    async def end() -> None:
+        publisher = AsyncPublisher(**settings.overrides())
+        await publisher.disconnect(user="7")
+        await publisher.unsubscribe("room", connection="c1")
+        with pytest.raises(TypeError, match="either user= or connection="):
+            await publisher.disconnect()
+        with pytest.raises(ChannelError):
+            await publisher.unsubscribe("#user-7", user="7")
+        await publisher.close()
+
+    before = time.time()
+    asyncio.run(end())
+    users, connections = revoked(settings, "user:7", "connection:c1")
+    assert users.keys() == {"*"}
+    assert connections.keys() == {"room"}
+    assert before <= users["*"] <= time.time()
+
+
+def test_an_async_publisher_says_that_nothing_was_ended_where_the_broker_is_away() -> None:
+    async def end() -> None:
+        publisher = AsyncPublisher(f"redis://127.0.0.1:{free_port()}/0", publish_timeout=0.2, broker_timeout=0.2)
+        with pytest.raises(PublishError):
+            await publisher.disconnect(user="7")
+        await publisher.close()
+
+    asyncio.run(end())
+
+
+def test_an_async_publisher_has_all_that_a_publisher_has() -> None:
+    def offered(publisher: type) -> dict[str, list[str]]:
+        methods = {name: getattr(publisher, name) for name in vars(publisher) if not name.startswith("_")}
+        return {name: list(inspect.signature(method).parameters) for name, method in methods.items()}
+
+    assert offered(AsyncPublisher) == offered(Publisher)

@@ -10,9 +10,13 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 
+from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.memory import AsyncMemoryBroker, MemorySubscriber, memory_broker
 from pubsub_mw.errors import CloseCode, SettingsError
 from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime import Realtime
+from pubsub_mw.realtime.app import _Running
+from pubsub_mw.settings import Settings
 from tests.realtime.conftest import SECRET, Site
 from tests.tools.clock import MS, eventually_async
 from tests.tools.ports import free_port
@@ -238,3 +242,30 @@ def test_a_wrong_setting_is_told_at_once() -> None:
         Realtime("memory://", max_chanels=1)
     with pytest.raises(SettingsError):
         Realtime("memory://", max_channels=0)
+
+
+async def test_a_server_stops_though_its_link_to_the_broker_fails_at_that_moment(prefix: str) -> None:
+    class Link(MemorySubscriber):
+        """Breaks when it is told to end, once, as a link does when Redis goes away just then."""
+
+        has_failed = False
+
+        async def run(self) -> None:
+            try:
+                await super().run()
+            except asyncio.CancelledError:
+                if Link.has_failed:
+                    raise
+                Link.has_failed = True
+                raise ConnectionError("closed by the other side") from None
+
+    class Broker(AsyncMemoryBroker):
+        def subscriber(self, listener: Listener) -> MemorySubscriber:
+            return Link(self._broker, listener)
+
+    settings = Settings.build("memory://", environ={}, prefix=prefix)
+    running = _Running(settings, Broker(memory_broker(settings)), SECRET)
+    await eventually_async(lambda: running.hub.is_up)
+    async with asyncio.timeout(5_000 * MS):
+        await running.stop()
+    assert Link.has_failed

@@ -310,8 +310,11 @@ class _Running:
 
     async def stop(self) -> None:
         self.shared.lifecycle.stop()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        # Once may not do: before Python 3.13 a task group whose task fails at that moment, as when Redis goes away,
+        # says that instead of being cancelled, and all would be begun anew.
+        while not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=_RESTART_SECONDS)
         await self.shared.gate.close()
         await self._publisher.close()
         await self._broker.close()
