@@ -1,7 +1,10 @@
 """The browser's client on networks that refuse, hold back or cut: it finds the way that delivers, and loses nothing."""
 
 import asyncio
+import os
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ from tests.client_world import Endpoint
 from tests.journeys.page_world import becomes, flask_app, heard, hears, listen
 from tests.tools.clock import MS, eventually_async
 from tests.tools.http_proxy import HttpProxy
+from tests.tools.ports import free_port
+from tests.tools.servers import Processes
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
@@ -199,3 +204,41 @@ async def test_two_tabs_by_different_transports_hear_each_other(site: Endpoint, 
         await tab.evaluate("(text) => realtime.fetch('/publish', { json: text }).then(({ ok }) => ok)", text)
     for tab in (page, other):
         await hears(tab, "by a poll", "by a socket")
+
+
+NGINX = """
+daemon off; worker_processes 1; pid {here}/pid; error_log {here}/error.log;
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {here}/body; proxy_temp_path {here}/proxy; fastcgi_temp_path {here}/fastcgi;
+  uwsgi_temp_path {here}/uwsgi; scgi_temp_path {here}/scgi;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://127.0.0.1:{target}; proxy_set_header Host $http_host; {more} }}
+  }}
+}}
+"""
+"""Nothing of what the documentation asks for: no upgrade, so no WebSocket; buffering and time limits as they come."""
+
+
+@pytest.mark.parametrize("more", ["", "proxy_ignore_headers X-Accel-Buffering;"], ids=["as it comes", "buffering all"])
+async def test_a_page_gets_through_an_nginx_that_nobody_configured(
+    site: Endpoint, page: Page, processes: Processes, tmp_path: Path, more: str
+) -> None:
+    port = free_port()
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    assert program, "no nginx: install it, or run `make test`, which does"
+    (tmp_path / "nginx.conf").write_text(NGINX.format(here=tmp_path, port=port, target=site.port, more=more))
+    await asyncio.to_thread(processes.start, [program, "-p", str(tmp_path), "-c", "nginx.conf"], port=port)
+    await page.goto(f"http://127.0.0.1:{port}/")
+    await page.wait_for_function("typeof follow === 'function'")
+    await page.evaluate("listen()")
+    await page.evaluate("void follow('room:1', { position: document.body.dataset.position })")
+    for number in range(5):
+        await site.publisher.publish("room:1", number)
+    await hears(page, *range(5), timeout=20_000 * MS)
+    assert await page.evaluate("realtime.transport") in ("sse", "longpoll")
+    assert (await page.evaluate("realtime.fetch('/echo', { json: 1 }).then((response) => response.json())"))[
+        "json"
+    ] == 1
