@@ -10,16 +10,19 @@ import flask
 import httpx
 import jwt
 import pytest
+from starlette.routing import Mount, Router
 
 from pubsub_mw.asgi import with_realtime
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.grants import sign_grant
 from pubsub_mw.publisher import AsyncPublisher, Publisher
+from pubsub_mw.realtime import Realtime
 from tests.realtime.conftest import SECRET, Site
 from tests.realtime.serving import Servers
 from tests.tools.clock import MS
 from tests.tools.raw_client import Frame, RawClient
 from tests.tools.raw_stream import RawStream
+from tests.tools.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
 
@@ -498,3 +501,28 @@ async def test_a_request_runs_the_view_and_is_answered_on_the_stream(
                 "id": connected["connection"], "transport": transport, "said": "hi", "cookie": "abc",
             }  # fmt: skip
         assert await sender.send({"type": "cancel", "id": "sse"}) == [{"type": "accepted", "id": "sse"}]
+
+
+async def test_requests_sent_by_post_wait_in_the_connections_line_whichever_server_takes_them(
+    http: httpx.AsyncClient, redis_server: RedisServer, prefix: str
+) -> None:
+    def build() -> Any:
+        mounted = Realtime(redis_server.url, prefix=prefix, secret=SECRET, requests="/*", request_backlog=1)
+        return Router(routes=[Mount("/realtime", mounted)], lifespan=mounted.router.lifespan_context)
+
+    async with Servers() as servers:
+        senders = []
+        for server in (await servers.start(build), await servers.start(build)):
+            site = Site(None, server.port, None)  # type: ignore[arg-type]
+            site.url += "/realtime"
+            senders.append(Sender(http, site))
+        await senders[0].hello()
+        senders[1].resume = senders[0].resume
+        sent = [{"type": "request", "id": str(number), "method": "GET", "path": "/"} for number in range(3)]
+        assert await senders[0].send(sent[0]) == [{"type": "accepted", "id": "0"}]
+        assert await senders[1].send(sent[1]) == [{"type": "accepted", "id": "1"}]
+        (busy,) = await senders[0].send(sent[2])
+        assert (busy["code"], busy["id"]) == ("busy", "2")
+        (cancelled,) = await senders[0].send({"type": "cancel", "id": "1"})
+        assert (cancelled["code"], cancelled["id"]) == ("cancelled", "1")
+        assert await senders[1].send(sent[2]) == [{"type": "accepted", "id": "2"}]
