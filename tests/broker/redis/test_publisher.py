@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -266,6 +267,13 @@ def test_an_error_never_shows_the_password(own_redis: RedisServer) -> None:
     text = str(refusal(lambda: wrong.publish(ROOM, 2), within=2_000 * MS))
     assert "guesses" not in text
     assert f"127.0.0.1:{own_redis.port}" in text
+
+
+def test_a_traceback_does_not_tell_the_same_fault_twice() -> None:
+    with pytest.raises(PublishError) as raised:
+        Publisher("redis://127.0.0.1:1/0", publish_timeout=1000 * MS).publish("room:1", "x")
+
+    assert "".join(traceback.format_exception(raised.value)).count("ConnectionRefusedError: ") == 1
 
 
 def test_position_and_grant_raise_in_time_too(publisher: Publisher, proxy: TcpProxy) -> None:

@@ -121,8 +121,8 @@ class RedisBroker:
             try:
                 return self._round_trip(build(False), deadline)
             except redis.ConnectionError:
-                # A broken link says nothing about whether the commands had arrived.
-                return self._round_trip(build(True), deadline)
+                pass  # a broken link says nothing about whether the commands had arrived
+            return self._round_trip(build(True), deadline)
         except redis.RedisError as error:
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {error}") from error
         except OSError as error:
@@ -177,11 +177,12 @@ class RedisBroker:
         connection.socket_timeout = connection.socket_connect_timeout = _left(deadline)
         try:
             connection.connect()
-            if connection.can_read(0):
-                raise redis.ConnectionError("a stray reply")
+            if not connection.can_read(0):  # else: a stray reply
+                return connection
         except (redis.ConnectionError, OSError):
-            connection.disconnect()
-            connection.connect()
+            pass  # closed while it was idle
+        connection.disconnect()
+        connection.connect()
         return connection
 
 
