@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ HANDSHAKE = (
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
 CONNECT = b'{"type":"connect","channels":{"room":null}}'
+_BYTES_OF_OURS = 2_800
+"""2,430 were found; the transport's own are 1,300 more. Raise it for a reason alone: there are 100,000 connections."""
 TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT, Opcode.CLOSE, Opcode.PING, Opcode.PONG
 
 
@@ -319,6 +322,24 @@ async def test_an_idle_connection_keeps_neither_parser_nor_task(serve_realtime: 
     assert len(asyncio.all_tasks()) == tasks
     names = [type(item).__name__ for item in gc.get_objects()]
     assert not {"RequestResponseCycle", "_Ordinary"} & set(names)
+
+
+async def test_an_idle_connection_is_counted_in_bytes(serve_realtime: Serve, connect: Connect) -> None:
+    """A guard: of what our own code allocates for a connection on one shared channel, this much is left."""
+    site = await serve_realtime()
+    peers = [await connect(site) for _ in range(10)]
+    ours = [tracemalloc.Filter(inclusive=True, filename_pattern="*/pubsub_mw/*")]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.take_snapshot().filter_traces(ours)
+        peers += [await connect(site) for _ in range(32)]
+        gc.collect()
+        after = tracemalloc.take_snapshot().filter_traces(ours)
+    finally:
+        tracemalloc.stop()
+    grown = sum(difference.size_diff for difference in after.compare_to(before, "filename")) / 32
+    assert grown < _BYTES_OF_OURS, f"{grown:.0f} bytes; `after.compare_to(before, 'lineno')` shows where"
 
 
 async def test_the_kernel_gives_up_a_dead_client(serve_realtime: Serve, connect: Connect) -> None:
