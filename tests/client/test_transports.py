@@ -138,3 +138,18 @@ async def test_a_way_that_is_not_allowed_is_not_taken(site: Site, proxy: HttpPro
     assert set(proxy.seen) == {"websocket"}
     with pytest.raises(ValueError, match="longpoll"):
         connect(site.url, transports=["carrier pigeon"])
+
+
+@pytest.mark.parametrize("body", [b"<html>please log in</html>", b"[]", b'{"frames": [{}]}', b""], ids=repr)
+async def test_a_network_that_answers_by_itself_is_no_server(body: bytes) -> None:
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if body:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with await asyncio.start_server(serve_one, "127.0.0.1", 0) as portal:
+        port = portal.sockets[0].getsockname()[1]
+        with pytest.raises(ConnectFailed):
+            async with connect(f"http://127.0.0.1:{port}/realtime", transports=["longpoll"], open_timeout=0.5):
+                pass

@@ -10,6 +10,7 @@ Never:  connects again; hands on what came for channels that have changed since;
 
 import asyncio
 import json
+import logging
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -23,6 +24,8 @@ from pubsub_mw.client.websocket import LinkLost
 from pubsub_mw.errors import CloseCode
 
 __all__ = ["HttpLink", "open_http"]
+
+log = logging.getLogger("pubsub_mw")
 
 _REFUSALS = {
     "grant_invalid": CloseCode.GRANT_INVALID,
@@ -126,9 +129,14 @@ class HttpLink:
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except (OSError, ValueError, h11.RemoteProtocolError, _Status, LinkLost) as error:
-            self._problem = error if isinstance(error, LinkLost) else LinkLost(str(error) or type(error).__name__)
-            self._changed.set()
+        except LinkLost as lost:
+            self._problem = lost
+        except (OSError, ValueError, h11.ProtocolError, _Status) as error:
+            self._problem = LinkLost(str(error) or type(error).__name__)
+        except Exception as error:
+            log.exception("%s: the link failed", self._url)
+            self._problem = LinkLost(f"the link failed: {error!r}")
+        self._changed.set()
 
     # What is sent.
 
