@@ -101,7 +101,7 @@ class Listener:
         self._task = asyncio.create_task(self._live())
 
     async def stop(self) -> None:
-        tasks = [*([self._task] if self._task else []), *self._later]
+        tasks = [task for task in (self._task, self._attempt, *self._later) if task is not None]
         self._task, self._later = None, set()
         for task in tasks:
             task.cancel()

@@ -210,7 +210,12 @@ def test_a_single_key_that_is_evicted_is_told_or_does_no_harm(stage: Stage, lost
         for index, client in enumerate(fleet):
             was_away = index % 2 == 0
             assert client.heard["room:2"].told == client.heard["room:3"].told == []
-            assert len(client.heard["room:1"].told) == int(was_away or lost == "position")
+            told = len(client.heard["room:1"].told)
+            if lost == "position":
+                assert told == 1
+            else:
+                # Who was away is told, unless a server still has all that it needs: what it read for others just now.
+                assert told <= int(was_away)
 
     run(main)
 
