@@ -10,8 +10,8 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,22 +46,19 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help=ALONE)
     options = parser.parse_args()
     take_core(options.alone)
-    known: dict[str, Callable[[], AbstractContextManager[Server]]] = dict(servers())
     for name in options.curves:
-        for server in options.servers:
-            if name == "processes":
-                save(row for row in processes(options.seconds) if server == "pubsub-mw")
-            else:
-                save(measure(name, server, known[server], options.seconds))
+        save(processes(options.seconds) if name == "processes" else measure(name, options.servers, options.seconds))
 
 
-def measure(
-    name: str, server_name: str, start: Callable[[], AbstractContextManager[Server]], seconds: float
-) -> Iterator[dict[str, Any]]:
-    with start() as server:
+def measure(name: str, names: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """Measure the servers in turn at each point: where the speed of the machine drifts, theirs drift together."""
+    known = servers()
+    with ExitStack() as stack:
+        started = {server: stack.enter_context(known[server]()) for server in names}
         for x, (arguments, payload) in CURVES[name].points.items():
-            yield point(name, server_name, x, server, [*arguments, "--seconds", seconds], payload)
-            wait_until_quiet(server)
+            for label, server in started.items():
+                yield point(name, label, x, server, [*arguments, "--seconds", seconds], payload)
+                wait_until_quiet(server)
 
 
 def point(name: str, label: str, x: int, server: Server, arguments: Options, payload: int) -> dict[str, Any]:
@@ -70,7 +67,8 @@ def point(name: str, label: str, x: int, server: Server, arguments: Options, pay
         row |= drive(server, "--timeout", 60, "--sources", 16, *arguments, payload=payload)
     except Wrong as error:
         row["wrong"] = str(error)
-    print({key: row.get(key) for key in ("curve", "server", "x", "per_second", "server_us_per_delivery", "wrong")})
+    known = ("curve", "server", "x", "per_second", "server_us_per_delivery", "wrong")
+    print({key: row[key] for key in known if key in row}, flush=True)
     return row
 
 
