@@ -40,7 +40,7 @@ _NAMES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="the newest so many of each count")
+    parser.add_argument("--rounds", type=int, default=9, help="the newest so many measurements of each count")
     parser.add_argument("--plots", type=Path, help="a folder to draw into")
     options = parser.parse_args()
     rows = read("results.jsonl")

@@ -44,8 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--servers", nargs="+", choices=sorted(known), default=["pubsub-mw"])
     parser.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="each with servers started anew")
+    parser.add_argument("--pairs", type=int, default=3, help="measurements of the reference and the server in a round")
+    parser.add_argument("--seconds", type=float, default=0.7, help="of each measurement")
     parser.add_argument("--alone", action="store_true", help=ALONE)
     parser.add_argument("--command", default="", help="that starts pubsub-mw, with {port}; default: pubsub-mw realtime")
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name in options.servers:
             try:
-                rows += compare(name, known[name], options.scenarios, options.seconds, options.alone)
+                rows += compare(name, known[name], options)
             except Missing as error:
                 print(f"{name} is not measured: {error}", file=sys.stderr)
     print()
@@ -66,12 +67,14 @@ def main() -> None:
             summarise(name, scenario, [row for row in rows if (row["server"], row["scenario"]) == (name, scenario)])
 
 
-def compare(name: str, start: Start, scenarios: list[str], seconds: float, is_alone: bool) -> list[dict[str, Any]]:
-    """Measure the reference and a server, scenario by scenario, with both started anew."""
+def compare(name: str, start: Start, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the reference and a server in turn, scenario by scenario, with both started anew."""
     found = []
     with reference() as measure, start() as server:
-        for scenario in scenarios:
-            known = SCENARIOS[scenario]
+        for scenario in (
+            name for name in options.scenarios for _ in range(options.pairs if SCENARIOS[name].pairs else 1)
+        ):
+            known, seconds, is_alone = SCENARIOS[scenario], options.seconds, options.alone
             for _ in range(_TRIES):
                 row: dict[str, Any] = {"at": time.time(), "server": name, "scenario": scenario, "alone": is_alone}
                 row["reference"] = known.measure(measure, seconds)
@@ -126,7 +129,7 @@ def summarise(name: str, scenario: str, rows: list[dict[str, Any]]) -> None:
     text = f"{name} {scenario}: median {value:,.2f} {SCENARIOS[scenario].unit}"
     ratios = [row["result"]["value"] / row["reference"]["value"] for row in good if row["reference"]["value"]]
     if ratios:
-        text += f", median ratio {statistics.median(ratios):.3f} of {len(ratios)} rounds"
+        text += f", median ratio {statistics.median(ratios):.3f} of {len(ratios)}"
     print(text)
 
 
