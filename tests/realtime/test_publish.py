@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -188,7 +189,9 @@ def test_a_broker_that_is_away_is_said_to_be(processes: Processes) -> None:
 
 
 @pytest.mark.timeout(120_000 * MS)
-def test_the_description_is_true_of_a_real_server(processes: Processes, redis_server: RedisServer, prefix: str) -> None:
+def test_the_description_is_true_of_a_real_server(
+    processes: Processes, redis_server: RedisServer, prefix: str, tmp_path: Path
+) -> None:
     env = {"PUBSUB_URL": redis_server.url, "PUBSUB_PREFIX": prefix, "PUBSUB_SECRET": SECRET}
     server = processes.uvicorn(env=env)
     grant = Publisher("memory://", secret=SECRET).grant(publish=["*", "#*"])
@@ -199,6 +202,7 @@ def test_the_description_is_true_of_a_real_server(processes: Processes, redis_se
         *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
         *("--max-examples", "60", "--seed", "1", "--generation-database", "none"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # It keeps what it found in the directory that it runs in.
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 / 1" in done.stdout or "Tested: 1" in done.stdout, done.stdout
