@@ -120,7 +120,7 @@ def test_an_error_of_the_application_is_an_answer(connection: TestConnection) ->
     "wrong",
     [
         {"path": "/a/../echo"},
-        {"path": "/echo", "headers": {"X_User": "1"}},
+        {"path": "/echo", "headers": {"X User": "1"}},
         {"path": "/echo", "headers": {"Accept": "a\r\nb"}},
         {"path": "/echo", "method": "TRACE"},
     ],

@@ -30,7 +30,7 @@ _NEVER = re.compile(
     r"connection|keep-alive|upgrade|transfer-encoding|content-length|sec-.*|x-http-method.*)\Z"
 )
 """Not even `request_headers` lets these through: they say what only the handshake or a proxy can know."""
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^`|~-]+\Z")  # RFC 9110 5.6.2, without the underscore
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+._^`|~-]+\Z")  # RFC 9110 5.6.2
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _QUERY = re.compile(r"[!-\"$-~]*\Z")
 
