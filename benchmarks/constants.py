@@ -126,7 +126,7 @@ def plan(connections: int, constants: Constants) -> list[str]:
         f"  memory: {memory / 1024**2:,.0f} GB, that of the kernel included",
         f"  in rooms of 100, each published to once in 10 s: {deliveries:,.0f} deliveries/s, {pings:,.0f} pings/s",
         f"    busy cores of realtime servers: {cores:,.1f}; {cores / processes * 100:.0f} % of each process",
-        f"    {listening:,.0f} processes hear each room; busy cores of Redis: {redis_cores:,.1f}",
+        f"    {listening:,.0f} processes hear each room; busy cores of Redis: {redis_cores:,.2f}",
         f"    bandwidth: {gigabits:,.1f} Gbit/s",
         f"  one publication to everybody: each process is busy for {everybody:.2f} s",
         f"  everybody connects anew: {connections / processes / constants['connects/s']:,.0f} s",

@@ -715,7 +715,15 @@ static void continue_server(void) {
     for (int i = 0; i < options.pid_count; i++) kill(options.pids[i], SIGCONT);
 }
 
-static uint32_t next_channel;
+// One channel after the other, in an order in which neighbours belong to different connections: else what one connection
+// gets of a burst could be joined.
+static uint32_t take_channel(void) {
+    static uint32_t next, first;
+    uint32_t taken = next;
+    next += options.per_connection;
+    if (next >= options.channels) next = first = (first + 1) % options.per_connection;
+    return taken;
+}
 
 // Publishes a burst, and waits until all of it has arrived. Returns nanoseconds, or 0 if it did not.
 static uint64_t run_burst(void) {
@@ -723,8 +731,7 @@ static uint64_t run_burst(void) {
     if (options.stops) stop_server();
     uint64_t busy_before = own_cpu(), began = now(), deadline = began + options.timeout * 1e9;
     for (uint32_t i = 0; i < options.burst; i++) {
-        append_publication(next_channel);
-        next_channel = (next_channel + 1) % options.channels;
+        append_publication(take_channel());
     }
     flush_publications();
     if (options.stops) {
@@ -970,8 +977,7 @@ int main(int count, char **arguments) {
             while (due < end && messages < options.most_messages) {
                 while (now() < due) turn(due);
                 for (uint32_t i = 0; i < options.burst; i++) {
-                    append_publication(next_channel);
-                    next_channel = (next_channel + 1) % options.channels;
+                    append_publication(take_channel());
                 }
                 flush_publications();
                 messages += options.burst;
