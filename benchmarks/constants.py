@@ -95,10 +95,14 @@ def of_publications(count: int = 20_000, listeners: int = 10) -> Constants:
 
 def of_deliveries() -> Constants:
     with ours() as server:
-        said = drive(server, "--connections", 1_000, "--seconds", 2, "--warm-up", 20, "--nap", 50)
+        options = ("--connections", 1_000, "--seconds", 2, "--nap", 50)
+        said = drive(server, *options, "--warm-up", 20)
+        wait_until_quiet(server)
+        alone = drive(server, *options, "--channels", 1_000, "--burst", 1_000, "--stop", "--warm-up", 1)
     frame = said["bytes_per_second"] / said["per_second"]
     return {
         "µs of CPU per delivery": said["server_us_per_delivery"],
+        "µs of CPU per publication": alone["server_us_per_delivery"] - said["server_us_per_delivery"],
         f"bytes of a frame with {PAYLOAD_BYTES} of payload": frame,
         "bytes of a delivery on the wire": frame + 4 + _HEADERS_BYTES,
     }
@@ -113,12 +117,13 @@ def plan(connections: int, constants: Constants) -> list[str]:
     memory = connections * (
         constants["KB of the process per connection"] + constants["KB of the kernel per connection"]
     )
-    cores = deliveries * constants["µs of CPU per delivery"] / 1e6
-    cores += pings * constants["µs of CPU per ping and pong"] / 1e6
     # A room's 100 members are spread over the processes, so that nearly as many of those listen to it.
     listening = processes * (1 - (1 - 1 / processes) ** 100)
+    cores = deliveries * constants["µs of CPU per delivery"] / 1e6
+    cores += pings * constants["µs of CPU per ping and pong"] / 1e6
     redis_cores = publications * constants["µs of Redis per publication"] / 1e6
     redis_cores += publications * listening * constants["µs of Redis more for each process that listens"] / 1e6
+    cores += publications * listening * constants["µs of CPU per publication"] / 1e6
     gigabits = deliveries * constants["bytes of a delivery on the wire"] * 8 / 1e9
     everybody = constants["µs of CPU per delivery"] * 50_000 / 1e6
     return [

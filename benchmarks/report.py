@@ -40,7 +40,7 @@ _NAMES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9, help="the newest so many measurements of each count")
+    parser.add_argument("--rounds", type=int, default=15, help="the newest so many measurements of each count")
     parser.add_argument("--plots", type=Path, help="a folder to draw into")
     options = parser.parse_args()
     rows = read("results.jsonl")
@@ -89,7 +89,8 @@ def table(rows: list[Row], rounds: int) -> list[str]:
         if name == "C":
             return f"1 ({median(row['reference']['value'] for row in beside(scenario)):,.0f}/s)"
         ratios = [ratio_of(row) for row in newest(rows, name, scenario, rounds)]
-        return f"{median(ratios):.2f}" if ratios else wrong(name, scenario)
+        value = median(ratios)
+        return (f"{value:.2f}" if value >= 0.1 else f"{value:.3f}") if ratios else wrong(name, scenario)
 
     def figure(name: str, scenario: str, key: str, form: str) -> str:
         if name == "C":
