@@ -143,26 +143,31 @@ def draw(rows: list[Row], folder: Path) -> None:
         if not mine:
             continue
         plot, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        for server in sorted({row["server"] for row in mine}, reverse=True):
+        plot.suptitle(curve.title, fontsize=10)
+        for server, colour in (("pubsub-mw", "C0"), ("C", "C7")):
             points: dict[int, list[Row]] = {}
             for row in mine:
                 if row["server"] == server:
                     points.setdefault(row["x"], []).append(row)
-            xs = sorted(points)
-            left.plot(xs, [median(row["per_second"] for row in points[x]) for x in xs], marker="o", label=server)
-            right.plot(
-                xs, [median(row["latency_ms"]["p99"] for row in points[x]) for x in xs], marker="o", label=server
-            )
-            pinged = [x for x in xs if all("ping_ms" in row for row in points[x])]
+            style = {"color": colour, "marker": "o", "label": server}
+            left.plot(*line(points, lambda row: row["per_second"]), **style)
+            right.plot(*line(points, lambda row: row["latency_ms"]["p99"]), **style)
+            pinged = {x: found for x, found in points.items() if "ping_ms" in found[0]}
+            style |= {"marker": ".", "linestyle": ":", "label": f"{server}: ping of others"}
             if pinged:
-                pings = [median(row["ping_ms"]["p99"] for row in points[x]) for x in pinged]
-                right.plot(pinged, pings, marker=".", linestyle=":", label=f"{server}: ping of others")
-        left.set(title=curve.title, xlabel=curve.axis, ylabel="deliveries/s", xscale="log", ylim=(0, None))
-        right.set(title="p99", xlabel=curve.axis, ylabel="ms", xscale="log", yscale="log")
+                right.plot(*line(pinged, lambda row: row["ping_ms"]["p99"]), **style)
+        left.set(xlabel=curve.axis, ylabel="deliveries/s", xscale="log", ylim=(0, None))
+        right.set(xlabel=curve.axis, ylabel="p99, ms", xscale="log", yscale="log")
         left.legend(frameon=False)
         right.legend(frameon=False)
         plot.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
         pyplot.close(plot)
+
+
+def line(points: dict[int, list[Row]], figure: Callable[[Row], float]) -> tuple[list[int], list[float]]:
+    """The medians at each x, to be plotted."""
+    xs = sorted(points)
+    return xs, [median(figure(row) for row in points[x]) for x in xs]
 
 
 if __name__ == "__main__":
