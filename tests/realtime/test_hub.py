@@ -33,6 +33,7 @@ TIGHT = {
     "resync_concurrency": 2,
     "fan_out_slice": 1,
     "fan_out_bytes": 1_024,
+    "send_queue_bytes": 1_024,
 }
 
 NO_CHECK = 86_400
@@ -739,20 +740,40 @@ def test_what_comes_during_a_fan_out_goes_out_as_one() -> None:
         await spin()
         assert put == [1] * 10 + [19] * 10
 
-    on_a_world(scenario, clients=10, fan_out_slice=3, fan_out_bytes=1 << 20, recovery_buffer=100)
+    roomy = {"fan_out_bytes": 1 << 20, "send_queue_bytes": 1 << 20}
+    on_a_world(scenario, clients=10, fan_out_slice=3, recovery_buffer=100, **roomy)
+
+
+def test_a_burst_goes_out_over_several_turns_so_that_no_client_seems_slow() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (client,) = world.channels, world.clients
+        client.queue = queue = _Watched([])
+        await go_live(world, client)
+        for _ in range(40):
+            world.publish(channel, size=100)
+        world.broker.link.move_down(99)
+        most = 0
+        for _ in range(200):
+            most = max(most, queue.waiting_bytes)
+            queue.take_nowait()  # as the transport does at the end of a turn
+            await asyncio.sleep(0)
+        assert most <= world.settings.send_queue_bytes // 2  # the last two parts may share a turn
+        assert sum(queue.put) == 40
+
+    on_a_world(scenario, clients=1, fan_out_slice=1_000, fan_out_bytes=1 << 20, recovery_buffer=100)
 
 
 class _Watched(SendQueue):
     """A send queue that notes how many publications it is given at once."""
 
-    __slots__ = ("_put",)
+    __slots__ = ("put",)
 
     def __init__(self, put: list[int]) -> None:
         super().__init__(1_000_000, 10_000)
-        self._put = put
+        self.put = put
 
     def put_batch(self, batch: Batch) -> None:
-        self._put.append(len(batch.frames))
+        self.put.append(len(batch.frames))
         super().put_batch(batch)
 
 

@@ -280,6 +280,11 @@ class Hub:
                 self._is_paused = True
                 self._subscriber.pause()
             return
+        rest: Sequence[bytes] = ()
+        if len(payloads) > 1:
+            # What is written in a turn waits until its end, also for a client that reads at once, and must not look
+            # like what a slow one leaves waiting.
+            payloads, rest = _first(payloads, self._settings.send_queue_bytes // 4)
         try:
             runs, is_whole = track.advance(payloads)
         except ValueError as error:
@@ -289,19 +294,19 @@ class Hub:
             channel.window.extend(_ours(payloads))
         for run in runs:
             self.publications_delivered += len(channel.live) * len(run.frames)
-        if runs:
-            self._fan_out(channel, runs)
+        if runs or rest:
+            self._fan_out(channel, runs, rest if is_whole else ())
         if not is_whole:
             channel.is_stale = True
             channel.doubts += 1
             self._want(channel)
 
-    def _fan_out(self, channel: _Channel, runs: list[Run]) -> None:
-        """Send to all that are live, now if that is little, else from the next turn on."""
+    def _fan_out(self, channel: _Channel, runs: list[Run], rest: Sequence[bytes] = ()) -> None:
+        """Send to all that are live, now if that is little, else from the next turn on; then take up `rest`."""
         live, cost = channel.live, 0
         for run in runs:
             cost += run.cost
-        if len(live) * cost <= self._left:
+        if not rest and len(live) * cost <= self._left:
             self._left -= len(live) * cost
             for run in runs:
                 if run.is_plain:
@@ -310,8 +315,10 @@ class Hub:
                 else:
                     for subscription in list(live):
                         _put(subscription, run)
-        elif live:
-            channel.fan_out = _FanOut(runs, list(live), cost)
+        elif live or rest:
+            channel.fan_out = _FanOut(runs, list(live), max(1, cost))
+            channel.fan_out.payloads += rest
+            self._waiting_bytes += sum(map(len, rest))
             self._fanning_out[channel] = None
             self._go_on_soon()
 
@@ -677,6 +684,18 @@ def _put(subscription: Subscription, run: Run) -> None:
             subscription.send_queue.put_batch(run)
     if run.reply and subscription.on_reply is not None:
         subscription.on_reply(run.reply)
+
+
+def _first(payloads: Sequence[bytes], most_bytes: int) -> tuple[Sequence[bytes], Sequence[bytes]]:
+    """Return those that go out now, at least one, and the rest."""
+    if sum(map(len, payloads)) <= most_bytes:
+        return payloads, ()
+    size = 0
+    for index, payload in enumerate(payloads):
+        size += len(payload)
+        if index and size > most_bytes:
+            return payloads[:index], payloads[index:]
+    raise AssertionError("unreachable: together they are more than that")
 
 
 def _ours(payloads: Iterable[bytes]) -> Iterator[Publication]:
