@@ -374,6 +374,26 @@ async def test_a_client_that_leaves_leaves_nothing_behind(server: Server) -> Non
     assert (server.hub.channel_count, server.hub.connection_count) == (0, 0)
 
 
+@pytest.mark.parametrize("user", [None, "7"])
+async def test_who_must_go_before_the_broker_follows_its_channels_leaves_nothing_waiting(
+    server: Server, user: str | None
+) -> None:
+    server.task.cancel()  # now nothing is followed, and nothing refused
+    await asyncio.gather(server.task, return_exceptions=True)
+    client = server.client()
+    grant = {} if user is None else {"grant": await server.publisher.grant(user=user)}
+    connecting = asyncio.create_task(client.send({"type": "connect", **grant}))
+    await eventually_async(lambda: server.hub.channel_count == (1 if user is None else 2))
+    assert not connecting.done()
+    client.connection.send_queue.close(CloseCode.DISCONNECTED, "the application ended this connection")
+    client.connection.close()
+    async with asyncio.timeout(1_000 * MS):
+        await connecting
+    assert client.take() == 0
+    assert client.connection.id is None
+    assert server.hub.channel_count == 0
+
+
 # Permission.
 
 

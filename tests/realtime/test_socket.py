@@ -168,6 +168,7 @@ async def test_what_the_protocol_forbids_ends_the_connection_with_its_code(
     await eventually_async(lambda: _hub(site).connection_count == 1)
     await publisher.publish("room", 1)
     await other.recv_json("message")
+    peer.writer.close()  # who does not is cut off, in a while, as below
     await eventually_async(lambda: len(_sockets(site)) == 1)
 
 

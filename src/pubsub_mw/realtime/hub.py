@@ -210,9 +210,10 @@ class Hub:
             self._want(channel)
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Forget a subscription. What is in its send queue stays there."""
+        """Forget a subscription. What is in its send queue stays there; who waits for it to settle waits no longer."""
         subscription.is_open = False
         self._unsettled.pop(subscription, None)
+        subscription.settle(False)
         channel = self._channels.get(subscription.channel)
         if channel is not None:
             channel.live.pop(subscription, None)
@@ -668,7 +669,6 @@ class Hub:
                             channel=subscription.channel,
                         )
                     )
-                subscription.settle(False)
 
 
 def _is_behind(position: Position, other: Position) -> bool:
