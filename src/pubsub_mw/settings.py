@@ -120,7 +120,7 @@ class Settings:
     in_flight: int = _number(1, 1, 1_000)
     request_backlog: int = _number(64, 0, 100_000)
     request_timeout: float = _number(30.0, 0.01, 86_400)
-    request_grace: float = _number(5.0, 0.0, 3_600)
+    request_grace: float = _number(1.0, 0.0, 3_600)
     queue_size: int = _number(10_000, 1, 10_000_000)
     lease: float = _number(10.0, 0.05, 86_400)
     max_deliveries: int = _number(5, 1, 1_000)
