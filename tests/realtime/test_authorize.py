@@ -88,6 +88,10 @@ class World:
 
         return await self.servers.start(build)
 
+    async def open(self, user: str | None) -> RawClient:
+        headers = {} if user is None else {"Cookie": self.app.cookie(user)}
+        return await self._open(self.a.ws_url, origin=self.a.url, headers=headers)
+
     async def client(
         self, user: str | None = "7", server: Server | None = None, **hello: Any
     ) -> tuple[RawClient, Frame]:
@@ -325,6 +329,23 @@ async def test_the_apps_user_can_be_disconnected_and_may_come_back_if_the_app_sa
     again, _ = await world.client("7")
     assert (await subscribe(again, "private-a"))["type"] == "subscribed"
     assert other.code is None
+
+
+async def test_the_resume_token_of_the_apps_user_who_was_disconnected_is_void(world: World) -> None:
+    client, hello = await world.client("7", channels={"private-a": None})
+    await client.recv("subscribed", "private-a")
+    await world.say("disconnect", user="7")
+    assert (await client.closed(2000 * MS))[0] == 3503
+
+    async def is_barred() -> bool:
+        again = await world.open(None)
+        await again.send({"type": "connect", "resume": hello["resume"]})
+        answer: str = (await again.recv())["type"]
+        return answer == "disconnect"
+
+    end = time.monotonic() + 2000 * MS
+    while not await is_barred():
+        assert time.monotonic() < end, "who holds the token still gets what is sent to the connection"
 
 
 async def test_the_apps_users_subscription_can_be_ended(world: World) -> None:

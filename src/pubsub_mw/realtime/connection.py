@@ -403,25 +403,35 @@ class Connection:
         users = [] if self.user is None else [f"user:{self.user}"]
         return users if connection is None else [*users, f"connection:{connection}"]
 
-    def revoke(self, identity: str, subject: str, at: float) -> None:
-        """Give up a channel, or `*`, everything, if what `identity` was given for it is no younger than `at`."""
+    def revoke(self, identity: str, subject: str, at: float) -> ConnectionId | None:
+        """Give up a channel, or `*`, everything, if what `identity` was given for it is no younger than `at`.
+
+        Returns:
+            The connection, if it ended as somebody's whom its resume tokens, made before the application said who it
+            is, do not name: they must be barred by its id.
+        """
         self._revoked = {**self._revoked, subject: max(at, self._revoked.get(subject, -math.inf))}
         if subject != "*":
             subscription = self._subscriptions.get(Channel(subject))
             allowed = self._allowed.get(Channel(subject))
             if subscription is not None and allowed is not None and allowed.at <= at:
                 self._end_subscription(subscription, ErrorCode.REVOKED, "the application ended it")
-            return
+            return None
         token = self._token if self.id is None else None
+        unnamed = None
         if identity.startswith("user:"):
             by_grant = self._grant is not None and self._grant.user is not None
             made_at = self._grant.issued_at if self._grant is not None and by_grant else self._app_user_at
             if token is not None and token.issued_at <= at:
                 self._token = None
+            if not by_grant:
+                unnamed = self.id
         else:
             made_at = token.issued_at if token is not None else self._begun_at
-        if made_at <= at:
-            self.send_queue.close(CloseCode.DISCONNECTED, "the application ended this connection")
+        if made_at > at:
+            return None
+        self.send_queue.close(CloseCode.DISCONNECTED, "the application ended this connection")
+        return unnamed
 
     def _end_subscription(self, subscription: Subscription, code: ErrorCode, reason: str) -> None:
         del self._subscriptions[subscription.channel]

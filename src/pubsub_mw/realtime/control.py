@@ -26,7 +26,7 @@ from typing import Any, NoReturn, Protocol
 
 from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.drafts import build_answer_draft
-from pubsub_mw.errors import BrokerUnavailable, CloseCode, FrameError, GrantError
+from pubsub_mw.errors import BrokerUnavailable, CloseCode, FrameError, GrantError, PublishError
 from pubsub_mw.grants import Resume, sign_resume, verify_resume
 from pubsub_mw.model import CONTROL_CHANNEL, ConnectionId, Draft, Grant
 from pubsub_mw.protocol import head_of
@@ -54,7 +54,7 @@ class Controlled(Protocol):
     def identities(self) -> Sequence[str]:
         """`user:<user>`, `connection:<id>`: whatever is known by now."""
 
-    def revoke(self, identity: str, subject: str, at: float) -> None:
+    def revoke(self, identity: str, subject: str, at: float) -> ConnectionId | None:
         """Give up `subject`, a channel or `*`, if what `identity` was given for it is no younger than `at`."""
 
     async def take_grant(self, grant: Grant) -> None:
@@ -81,6 +81,7 @@ class Control:
         self._saying: asyncio.Task[None] | None = None
         self._asking: list[tuple[Controlled, asyncio.Future[None]]] = []  # what of theirs was revoked
         self._looking: asyncio.Task[None] | None = None
+        self._barring: set[asyncio.Task[None]] = set()
 
     def enter(self, connection: Controlled) -> None:
         """Let news reach a connection. Before its revocations are looked up."""
@@ -128,7 +129,7 @@ class Control:
             found = await self._broker.revoked([identity for _, identity in named])
             for (connection, identity), revoked in zip(named, found, strict=True):
                 for subject, at in revoked.items():
-                    connection.revoke(identity, subject, at)
+                    self._revoke(connection, identity, subject, at)
 
     def claim(self, connection: ConnectionId) -> None:
         """Tell the other servers that a connection was resumed here, so that they close theirs of that id."""
@@ -156,7 +157,7 @@ class Control:
         if news["type"] == "control":
             for connection in list(self._connections):
                 if news["identity"] in connection.identities:
-                    connection.revoke(news["identity"], news["subject"], news["at"])
+                    self._revoke(connection, news["identity"], news["subject"], news["at"])
         elif news["type"] == "granted":
             await self._take_grant(news["token"])
         elif news["type"] == "resumed":
@@ -198,6 +199,24 @@ class Control:
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 del connections[:_BATCH]
+
+    def _revoke(self, connection: Controlled, identity: str, subject: str, at: float) -> None:
+        ended = connection.revoke(identity, subject, at)
+        if ended is not None:
+            task = asyncio.create_task(self._bar(ended, at))
+            self._barring.add(task)
+            task.add_done_callback(self._barring.discard)
+            task.add_done_callback(_log_fault)
+
+    async def _bar(self, connection: ConnectionId, at: float) -> None:
+        """Make the resume tokens of a connection void."""
+        identity = f"connection:{connection}"
+        news = head_of({"type": "control", "identity": identity, "subject": "*", "at": at})
+        try:
+            draft = build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")
+            await self._broker.revoke(identity, "*", at, draft)
+        except (BrokerUnavailable, PublishError) as error:
+            log.warning("a connection that the application ended may be resumed, as nobody's: %s", error)
 
     # Who has a connection.
 
