@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import httpx
 import pytest
@@ -148,6 +149,29 @@ async def test_what_is_sent_by_post_is_answered_on_the_stream(
             "/realtime/send", json={"frames": [{"type": "connect"}]}, headers={"Origin": "https://elsewhere.example"}
         )
         assert foreign.status_code == 403
+
+
+async def test_what_another_language_publishes_is_polled_from_any_server(deployment: Deployment, prefix: str) -> None:
+    """nginx deals requests out in turn: each poll is answered by the server that the one before did not have."""
+    grant = await asyncio.to_thread(partial(deployment.publisher.grant, publish=[prefix]))
+    async with deployment.client(http2=True) as http:
+
+        async def poll(cursor: str, wait: int) -> tuple[list[Frame], str]:
+            query = {"channel": prefix, "cursor": cursor, "wait": str(wait)}
+            answer = await http.get("/realtime/poll", params=query, timeout=20_000 * MS)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["frames"], answer.json()["cursor"]
+
+        _, cursor = await poll("", 0)
+        for number in range(4):
+            polling = asyncio.create_task(poll(cursor, 10))
+            publication = {"channel": prefix, "data": number}
+            answer = await http.post(
+                "/realtime/publish", json=publication, headers={"Authorization": f"Bearer {grant}"}
+            )
+            assert answer.status_code == 200, answer.text
+            frames, cursor = await polling
+            assert [frame["data"] for frame in frames if frame["type"] == "message"] == [number]
 
 
 async def test_a_page_gets_every_message_while_each_server_is_replaced(
