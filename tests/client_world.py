@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any, Self
 
 import uvicorn
@@ -22,14 +22,9 @@ from pubsub_mw.asgi import with_realtime
 from pubsub_mw.publisher import AsyncPublisher, Publisher
 from tests.tools.clock import MS, eventually_async
 from tests.tools.ports import free_port
+from tests.tools.uvicorn_server import Server
 
 __all__ = ["Endpoint", "ScriptedServer"]
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def _no_app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001 - the ASGI signature
@@ -53,7 +48,7 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self.port}/realtime"
         self.publisher = AsyncPublisher(url, **settings)
         self._arguments = {"url": url, **settings}
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -71,7 +66,7 @@ class Endpoint:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
-        self._app, self._server = app, _Server(config)
+        self._app, self._server = app, Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
         await eventually_async(lambda: self._server is not None and self._server.started)
 

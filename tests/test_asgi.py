@@ -32,6 +32,7 @@ from pubsub_mw.settings import Settings
 from tests.tools.clock import MS, eventually
 from tests.tools.ports import free_port
 from tests.tools.raw_client import RawClient
+from tests.tools.uvicorn_server import Server
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Callable[[bytes], object]]
@@ -53,7 +54,7 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
         timeout_graceful_shutdown=1,
         **options,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,9 +1,8 @@
 """Serve an ASGI app over real sockets, in the test's own event loop."""
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -12,18 +11,13 @@ import uvicorn
 from pubsub_mw.realtime import Realtime
 from tests.tools.clock import eventually_async
 from tests.tools.ports import free_port
+from tests.tools.uvicorn_server import Server
 
 SECRET = "a secret of thirty-two bytes or more"
 
 OURS = "pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol"
 PLAIN = "websockets-sansio"
 """uvicorn's own class: any ASGI server will do, and this one stands for them."""
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # signals belong to the test runner
 
 
 class Site:
@@ -63,7 +57,7 @@ async def serve_app(websocket_class: str, http_class: str) -> AsyncIterator[Call
             "ws": websocket_class,
             **options,
         }
-        server = _Server(uvicorn.Config(app, **options))
+        server = Server(uvicorn.Config(app, **options))
         port = free_port()
         listening = socket.create_server(("127.0.0.1", port))
         task = asyncio.create_task(server.serve(sockets=[listening]))
@@ -73,8 +67,9 @@ async def serve_app(websocket_class: str, http_class: str) -> AsyncIterator[Call
         return site
 
     yield serve
-    for site, task in running:
+    for site, _ in running:
         site.server.should_exit = True
+    for _, task in running:
         await task
 
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 import pubsub_mw.broker.redis.reader  # noqa: F401 - it reads files, which the event loop must not wait for
 from tests.tools.clock import MS, eventually
 from tests.tools.ports import free_port
+from tests.tools.uvicorn_server import Server as UvicornServer
 
 __all__ = ["Server", "Servers"]
 
@@ -37,7 +38,7 @@ class Server:
             lifespan="on",
         )
         config.timeout_graceful_shutdown = 1
-        self._server = uvicorn.Server(config)
+        self._server = UvicornServer(config)
         self._thread = threading.Thread(target=self._server.run, name=f"server-{self.port}", daemon=True)
         self._thread.start()
         eventually(lambda: self._server.started, 10_000 * MS, "the server does not start")

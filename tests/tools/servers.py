@@ -129,13 +129,21 @@ class Served:
 
     def stop(self, deadline: float = 5000 * MS) -> int:
         """SIGTERM, and SIGKILL to the whole group after `deadline`. Its exit code tells which of them it took."""
+        self.ask_to_stop()
+        return self.end(deadline)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM, also to one that is paused; nothing if it has ended."""
         if self.exit_code is None:
             self.resume()
             self.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(deadline)
-            except subprocess.TimeoutExpired:
-                pass
+
+    def end(self, deadline: float = 5000 * MS) -> int:
+        """Wait for one that was asked to stop, as `stop` does."""
+        try:
+            self._process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            pass
         self.kill()
         return self._process.returncode
 
@@ -224,7 +232,9 @@ class Processes:
 
     def close(self) -> None:
         for served in reversed(self.started):
-            served.stop()
+            served.ask_to_stop()
+        for served in reversed(self.started):
+            served.end()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> "Processes":
