@@ -74,6 +74,7 @@ programs:
 	command -v redis-server > /dev/null || missing+=(redis-server); \
 	command -v chromium chromium-browser google-chrome > /dev/null || missing+=(chromium); \
 	command -v node > /dev/null || missing+=(nodejs); \
+	command -v npm > /dev/null || missing+=(npm); \
 	command -v cc > /dev/null || missing+=(gcc libc6-dev); \
 	PATH="$$PATH:/usr/sbin" command -v nginx > /dev/null || missing+=(nginx); \
 	command -v curl > /dev/null || missing+=(curl); \

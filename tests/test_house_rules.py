@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import io
 import re
@@ -41,6 +42,7 @@ def modules() -> list[str]:
     return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 
 
+@functools.cache
 def parse(module: str) -> ast.Module:
     return ast.parse((SOURCE / module).read_text())
 
@@ -65,10 +67,15 @@ def documentation() -> str:
     return "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))])
 
 
+@functools.cache
+def imports() -> list[ast.ImportFrom]:
+    nodes = (node for module in modules() for node in ast.walk(parse(module)))
+    return [node for node in nodes if isinstance(node, ast.ImportFrom)]
+
+
 def imported_from(name: str) -> set[str]:
     """What other modules of ours import from the module called `name`."""
-    nodes = (node for module in modules() for node in ast.walk(parse(module)))
-    return {a.name for n in nodes if isinstance(n, ast.ImportFrom) and n.module == name for a in n.names}
+    return {alias.name for node in imports() if node.module == name for alias in node.names}
 
 
 def undocumented(words: Iterable[object]) -> list[str]:
@@ -131,6 +138,7 @@ def line_counts() -> list[tuple[Path, int]]:
     return [(path, code_lines(path)) for path in SOURCE.rglob("*") if path.suffix in (".py", ".lua")]
 
 
+@functools.cache
 def code_lines(path: Path) -> int:
     text = path.read_text()
     if path.suffix == ".lua":

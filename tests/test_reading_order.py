@@ -1,6 +1,7 @@
 """Hold the reading order: a file imports only files above it, and each library stays in its rooms."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,7 @@ def files() -> list[str]:
     return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 
 
+@functools.cache
 def imports_in(file: str) -> list[Import]:
     package = ".".join(["pubsub_mw", *Path(file).parent.parts])
     return list(imports_of((SOURCE / file).read_text(), package))

@@ -439,7 +439,7 @@ async def test_a_worker_that_seemed_dead_and_wakes_up_is_not_heard(site: Site, r
 
 async def test_a_worker_all_of_whose_threads_hang_is_started_anew(site: Site, raw_client: Connect) -> None:
     server = site.server()
-    worker = site.worker("--threads", "2", PUBSUB_REQUEST_TIMEOUT=str(500 * MS))
+    worker = site.worker("--threads", "2", PUBSUB_REQUEST_TIMEOUT=str(1_000 * MS))
     await asyncio.to_thread(worker.wait_for_log, "takes requests", 10_000 * MS)
     clients = [await raw_client(realtime(server)) for _ in range(2)]
     for client in clients:
@@ -448,6 +448,7 @@ async def test_a_worker_all_of_whose_threads_hang_is_started_anew(site: Site, ra
     for client in clients:
         assert (await answer(client, "1"))["status"] == 504
     await asyncio.to_thread(worker.wait_for_log, "starting another", 10_000 * MS)
+    await eventually_async(lambda: worker.log.count("takes requests") == 2, 10_000 * MS, "no other process takes any")
     await send(clients[0], "2", "/run")
     assert (await answer(clients[0], "2"))["status"] == 200
     hung, after = {run["pid"] for run in site.runs() if run["id"] == "1"}, site.runs()[-1]["pid"]
