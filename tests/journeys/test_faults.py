@@ -93,9 +93,7 @@ def test_redis_restarts_without_its_data_and_everybody_is_told_once(stage: Stage
             await asyncio.to_thread(stage.redis.kill)
             await eventually_async(lambda: publishing.failed_count > 0)
             await asyncio.to_thread(stage.redis.start)
-            before = publishing.accepted_count
             await eventually_async(lambda: all(len(client.told) == len(CHANNELS) for client in fleet), TOLD_WITHIN)
-            assert publishing.accepted_count > before
             await publishing.more()
         assert_everybody_was_told_once_per_channel(fleet, "epoch")
         assert publishing.longest_seconds < 3_000 * MS
