@@ -208,6 +208,20 @@ async def test_an_app_that_fails_is_asked_again_later(world: World, status: int)
     assert (await subscribe(client, "private-a"))["type"] == "subscribed"
 
 
+async def test_who_leaves_as_soon_as_the_app_has_allowed_it_does_not_listen(world: World) -> None:
+    other, _ = await world.client("8")  # keeps the channel followed, so that the answer comes at once
+    assert (await subscribe(other, "private-a"))["type"] == "subscribed"
+    client, _ = await world.client("7")
+    for _ in range(20):
+        assert (await subscribe(client, "private-a"))["type"] == "subscribed"
+        await client.send({"type": "unsubscribe", "channel": "private-a"})
+        assert (await client.recv("unsubscribed", "private-a"))["code"] == "client"
+    assert (await subscribe(client, "private-b"))["type"] == "subscribed"
+    await world.say("publish", "private-a", "unwanted")
+    await world.say("publish", "private-b", "wanted")
+    assert (await client.recv("message"))["channel"] == "private-b"
+
+
 async def test_an_app_that_hangs_is_unavailable_after_request_timeout(world: World) -> None:
     server = await world.serve(request_timeout=0.3, request_grace=5, prefix=world.options["prefix"] + "-b")
     world.app.gate.clear()

@@ -679,6 +679,7 @@ class Connection:
                 raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
             if self.send_queue.closed is None:
                 self._allowed[channel] = _Allowed(False, asked_at)
+                self._drop_asking(channel)  # before the answer, after which the client may ask anew at once
                 self._listen(channel, position)
             return None
         except BrokerUnavailable as error:
@@ -688,6 +689,7 @@ class Connection:
             )
         except FrameError as error:
             refused = error
+        self._drop_asking(channel)
         self.send_queue.put_nowait(protocol.error(refused.code, str(refused), channel=channel))
         return refused
 
