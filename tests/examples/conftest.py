@@ -93,12 +93,12 @@ class Window:
 
     def __init__(self, page: Page, site: Site) -> None:
         self.page = page
-        self.posted: list[str] = []  # paths that were posted to by HTTP
+        self.posted: list[str] = []  # paths of the app that were posted to by HTTP; a connection may do so itself
         self._newest_first = site.example.newest_first
         page.on("request", self._on_request)
 
     def _on_request(self, request: Request) -> None:
-        if request.method == "POST":
+        if request.method == "POST" and not urlsplit(request.url).path.startswith("/realtime/"):
             self.posted.append(urlsplit(request.url).path)
 
     async def log_in(self, name: str) -> None:
