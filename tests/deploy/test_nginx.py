@@ -198,7 +198,7 @@ async def test_a_page_gets_every_message_while_each_server_is_replaced(
         while True:
             await deployment.publish(prefix, published)
             published += 1
-            await asyncio.sleep(MS)
+            await asyncio.sleep(5 * MS)
 
     publishing = asyncio.create_task(keep_publishing())
     for server in deployment.servers:
@@ -211,10 +211,10 @@ async def test_a_page_gets_every_message_while_each_server_is_replaced(
     publishing.cancel()
     await asyncio.wait([publishing])
 
-    async def has_all() -> bool:
-        return bool(await browser_page.evaluate("heard.at(-1)") == published - 1)
-
-    await eventually_async(has_all, 20_000 * MS)
+    # Asked seldom: a page that is asked all the time has no time to hear.
+    await browser_page.wait_for_function(
+        "(last) => heard.at(-1) === last", arg=published - 1, polling=100, timeout=30_000
+    )
     assert await browser_page.evaluate("heard") == list(range(published))
     assert await browser_page.evaluate("source.readyState") == 1
 
