@@ -74,7 +74,9 @@ def test_one_client_moves_from_transport_to_transport_and_gets_each_of_5000_once
                     if moves % 2:
                         client.drop()
                     moves += 1
-                await asyncio.sleep(5 * MS)
+                await asyncio.sleep(
+                    25 * MS
+                )  # so that a move can come to stand before the next one, on a quick machine too
             await publishing.reaches([client], 20_000 * MS)
             publishing.check([client])
             assert client.told == []
