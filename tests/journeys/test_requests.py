@@ -551,7 +551,8 @@ async def test_a_redis_that_lost_everything_is_told_and_holds_nobody_up(
 ) -> None:
     site = Site(processes, own_redis, prefix, tmp_path)
     settings = {"PUBSUB_REQUEST_TIMEOUT": str(1_000 * MS), "PUBSUB_REQUEST_GRACE": str(200 * MS)}
-    server, _ = site.server(**settings), site.worker("--threads", "4", **settings)
+    server, worker = site.server(**settings), site.worker("--threads", "4", **settings)
+    await asyncio.to_thread(worker.wait_for_log, "takes requests", 10_000 * MS)  # what waits for it is answered 504
     client = await raw_client(realtime(server))
     await client.hello()
     await send(client, "1", "/gate")
