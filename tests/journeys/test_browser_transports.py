@@ -151,10 +151,11 @@ async def test_a_proxy_that_begins_to_hold_back_in_the_middle_is_noticed(
     proxy.refuse("websocket")
     await listen(page, proxy.port)
     await uses(page, "sse")
+    states = len(await heard(page, "state"))
     proxy.freeze()
     await site.publisher.publish("room:1", "kept back")
-    await becomes(page, "waiting")
     await hears(page, "kept back")
+    assert "waiting" in (await heard(page, "state"))[states:]  # for how long is drawn: it may be over in a moment
 
 
 @pytest.mark.parametrize("transport", BLOCKED)
