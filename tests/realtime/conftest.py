@@ -5,11 +5,13 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 
+from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime import Realtime
-from tests.tools.clock import eventually_async
+from tests.tools.clock import MS, eventually_async
 from tests.tools.ports import free_port
 from tests.tools.uvicorn_server import Server
 
@@ -88,3 +90,15 @@ async def serve_realtime(
     yield serve
     for app in apps:
         await app.stop()
+
+
+@pytest.fixture
+def publisher(prefix: str) -> AsyncPublisher:
+    """One that reaches the servers of this test that are on memory."""
+    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=5000 * MS, trust_env=False) as client:
+        yield client

@@ -37,11 +37,6 @@ async def hears(client: RawClient, publisher: AsyncPublisher) -> None:
 
 
 @pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
-
-
-@pytest.fixture
 def realtime(prefix: str) -> Realtime:
     return Realtime("memory://", prefix=prefix, secret=SECRET)
 

@@ -27,11 +27,6 @@ Serve = Callable[..., Awaitable[Site]]
 
 
 @pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
-
-
-@pytest.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(timeout=20_000 * MS, trust_env=False) as client:
         yield client

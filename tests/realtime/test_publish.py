@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,6 @@ from tests.tools.servers import Processes
 
 Serve = Callable[..., Awaitable[Site]]
 Open = Callable[..., Awaitable[RawClient]]
-
-
-@pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=5000 * MS, trust_env=False) as client:
-        yield client
 
 
 class Program:

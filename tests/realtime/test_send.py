@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import flask
@@ -28,17 +28,6 @@ pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., Awaitable[Site]]
 Stream = Callable[..., Awaitable[RawStream]]
-
-
-@pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=5000 * MS, trust_env=False) as client:
-        yield client
 
 
 class Sender:

@@ -16,7 +16,7 @@ from websockets.frames import Close, Frame, Opcode
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.socket import Socket
-from tests.realtime.conftest import OURS, SECRET, Site
+from tests.realtime.conftest import OURS, Site
 from tests.tools.clock import MS, eventually_async
 
 pytestmark = pytest.mark.anyio
@@ -170,11 +170,6 @@ async def test_what_the_protocol_forbids_ends_the_connection_with_its_code(
     await other.recv_json("message")
     peer.writer.close()  # who does not is cut off, in a while, as below
     await eventually_async(lambda: len(_sockets(site)) == 1)
-
-
-@pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
 
 
 def _hub(site: Site) -> Any:

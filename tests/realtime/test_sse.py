@@ -27,11 +27,6 @@ Stream = Callable[..., Awaitable[RawStream]]
 FRAMES = ("frames", "1")
 
 
-@pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
-
-
 def channels(*names: str) -> list[tuple[str, str]]:
     return [("channel", name) for name in names]
 

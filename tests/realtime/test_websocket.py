@@ -11,7 +11,7 @@ from websockets.exceptions import InvalidStatus
 
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.publisher import AsyncPublisher
-from tests.realtime.conftest import SECRET, Site
+from tests.realtime.conftest import Site
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import RawClient
 
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., Awaitable[Site]]
 Open = Callable[..., Awaitable[RawClient]]
-
-
-@pytest.fixture
-def publisher(prefix: str) -> AsyncPublisher:
-    return AsyncPublisher("memory://", prefix=prefix, secret=SECRET)
 
 
 async def connected(raw_client: Open, site: Site, *channels: str, **fields: Any) -> RawClient:
