@@ -58,6 +58,7 @@ class Endpoint:
             app,
             port=self.port,
             log_level="critical",
+            log_config=None,
             ws="pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol",
             ws_ping_interval=None,
             lifespan="off",

@@ -50,6 +50,7 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
         app,
         port=port,
         log_level="critical",
+        log_config=None,
         ws="pubsub_mw.realtime.uvicorn_protocol:WebSocketProtocol",
         timeout_graceful_shutdown=1,
         **options,

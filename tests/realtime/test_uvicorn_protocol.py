@@ -259,7 +259,7 @@ async def test_no_query_string_is_logged(
 ) -> None:
     if websocket_class != OURS:
         return  # uvicorn's own class logs it
-    caplog.set_level(logging.INFO, "uvicorn")
+    caplog.set_level(logging.INFO, "uvicorn.error")
     site = await serve_app(app)
     await (await raw_client(site.ws_url + "/realtime/?ticket=canary")).hello()
     async with connect(site.ws_url + "/look?ticket=canary", proxy=None) as client:
