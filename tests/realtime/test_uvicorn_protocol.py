@@ -11,11 +11,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import httptools
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, WebSocketRoute
@@ -224,6 +227,8 @@ async def test_the_scope_is_the_one_that_uvicorn_makes(serve_app: ServeApp, app:
         pytest.param((b"Host", b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nHost"), b"400", id="two keys"),
         pytest.param((b"Host", b"Sec-WebSocket-Version: 13\r\nHost"), b"400", id="two versions"),
         pytest.param((b"GET", b"POST"), b"405", id="POST"),
+        pytest.param((b"keep-alive, Upgrade", b"keep-alive"), b"404", id="no upgrade"),
+        pytest.param((b"keep-alive, Upgrade", b"upgrade-not"), b"404", id="another upgrade"),
     ],
 )
 async def test_a_handshake_that_is_none_is_refused(
@@ -239,6 +244,98 @@ async def test_a_handshake_that_is_none_is_refused(
     assert (await reader.readline())[9:12] == status
     writer.close()
     await eventually_async(lambda: not site.server.server_state.connections)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param((b"Host: a", b"HOST:a \t"), id="another spelling"),
+        pytest.param((b"Host: a", b"Host: a\r\nX-Long: " + b"x" * 5_000), id="a long line"),
+        pytest.param(
+            (b"Host: a", b"Host: a\r\n" + b"X-Many: %b\r\n" % (b"x" * 100) * 80 + b"X-Last:"), id="many lines"
+        ),
+        pytest.param((b"HTTP/1.1", b"HTTP/1.1"), id="plain"),
+    ],
+)
+@pytest.mark.parametrize("pieces", [1, 3])
+async def test_a_handshake_is_read_whatever_its_form(
+    serve_app: ServeApp, app: Any, change: tuple[bytes, bytes], pieces: int
+) -> None:
+    site = await serve_app(app)
+    request = (
+        b"GET /realtime/ HTTP/1.1\r\nHost: a\r\nUpgrade: WebSocket\r\nConnection: keep-alive, upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    ).replace(*change)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    for index in range(pieces):
+        writer.write(request[len(request) * index // pieces : len(request) * (index + 1) // pieces])
+        await asyncio.sleep(20 * MS)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
+    writer.close()
+    await eventually_async(lambda: not site.server.server_state.connections)
+
+
+class Parsed:
+    """What uvicorn's parser of HTTP makes of a head."""
+
+    def __init__(self, head: bytes) -> None:
+        self.target = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.is_complete = False
+        with contextlib.suppress(httptools.HttpParserUpgrade):
+            parser = httptools.HttpRequestParser(self)
+            parser.feed_data(head)
+        self.method, self.version = parser.get_method(), parser.get_http_version()
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self.is_complete = True
+
+
+PARTS = [
+    b"GET ",
+    b"/",
+    b" HTTP/1.1",
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b" ",
+    b"\t",
+    b":",
+    b": ",
+    b"Host",
+    b"upgrade",
+    b"\0",
+    b"\xe4",
+    b"x",
+    b"?",
+]
+
+
+@given(
+    st.one_of(
+        st.lists(st.sampled_from(PARTS) | st.binary(max_size=3), max_size=30).map(b"".join),
+        st.lists(
+            st.tuples(st.sampled_from([b"Host", b"X-a", b"x_b", b"!"]), st.text("a :,\t\xe4\r\n\x00", max_size=8)),
+            min_size=1,
+        ).map(lambda lines: b"".join(b"%b:%b\r\n" % (name, value.encode("latin-1")) for name, value in lines)),
+    )
+)
+def test_what_is_read_of_a_head_is_what_a_parser_of_http_reads(rest: bytes) -> None:
+    for head in (rest, b"GET /a?b HTTP/1.1\r\n" + rest, b"GET /a?b HTTP/1.1\r\n" + rest + b"\r\n"):
+        read = module._read_head(head)
+        if read is not None:
+            parsed = Parsed(head)
+            assert parsed.is_complete
+            assert (parsed.method, parsed.version) == (b"GET", "1.1")
+            assert read == (parsed.target, parsed.headers)
 
 
 async def test_ours_gets_the_transport_and_apps_beside_it_do_not(

@@ -38,7 +38,11 @@ EXTENSION = "pubsub_mw.websocket"
 _HEAD_SECONDS = 10.0
 """For a request's head to arrive; whoever is slower is cut off."""
 
-_CONNECTION = re.compile(rb"[A-Za-z-]+(?:, *[A-Za-z-]+)*\Z")
+_PLAIN_BYTES = 4_096
+"""A longer head is read by uvicorn's parser."""
+_PLAIN_HEAD = re.compile(rb"GET (/[!-~]*) HTTP/1\.1\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)+)\r\n")
+_HEADER = re.compile(rb"([^:]+):([^\r]*)\r\n")
+_CONNECTION = re.compile(rb"(?:[a-z-]+, *)*upgrade(?:, *[a-z-]+)*\Z", re.IGNORECASE)
 _SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
 
 _Headers = list[tuple[bytes, bytes]]
@@ -67,7 +71,9 @@ class WebSocketProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         read = None if self._target or self._ordinary else _read_head(data)
-        if read is None or not self.begin(*read):
+        if read is not None and _is_plain(*read):
+            self.begin(*read)
+        else:
             self._fall_back().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -76,10 +82,8 @@ class WebSocketProtocol(asyncio.Protocol):
     def shutdown(self) -> None:
         self._fall_back().shutdown()
 
-    def begin(self, target: bytes, headers: _Headers) -> bool:
-        """Run the app on a handshake that nobody has answered yet; False = let uvicorn's class look at it."""
-        if not target.startswith(b"/") or not target.isascii() or not _is_plain(headers):
-            return False
+    def begin(self, target: bytes, headers: _Headers) -> None:
+        """Run the app on a handshake that nobody has answered yet, and that has nothing odd."""
         assert self._transport is not None
         self._target = target
         config, transport = self._config, self._transport
@@ -104,7 +108,6 @@ class WebSocketProtocol(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(app)
         self._state.tasks.add(self._task)
         self._task.add_done_callback(self._on_app_done)
-        return True
 
     def _on_app_done(self, task: "asyncio.Task[None]") -> None:
         self._state.tasks.discard(task)
@@ -170,30 +173,76 @@ class _Ordinary(WebSocketsSansIOProtocol):
 
 
 class HTTPProtocol(HttpToolsProtocol):
-    """uvicorn's class for HTTP, with a bound on the time in which a request's head comes."""
+    """uvicorn's class for HTTP, with a bound on the time in which a request's head comes, and a short way in.
+
+    A connection that opens with a plain WebSocket handshake, whole in its first bytes, goes to `WebSocketProtocol` at
+    once. For all others this is uvicorn's class, which is set up when it is clear that it is needed.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _is_set_up = False
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        # Not `super().__init__` yet: its parser, flow control and loggers cost as much as the whole handshake.
+        self.config, self.server_state, self.app_state = config, server_state, app_state
+        self.loop = _loop or asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self.transport = transport
+        self.server_state.connections.add(self)
         self._start_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_set_up:
+            read = _read_head(data)
+            if read is not None and self.config.ws_protocol_class is WebSocketProtocol and self._upgrade(*read):
+                return
+            self._set_up()
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
-        super().connection_lost(exc)
+        if self._is_set_up:
+            super().connection_lost(exc)
+        else:
+            self.server_state.connections.discard(self)
 
-    def handle_websocket_upgrade(self) -> None:
-        if self.ws_protocol_class is not WebSocketProtocol or self.scope["method"] != "GET":
-            super().handle_websocket_upgrade()
-            return
-        # As uvicorn does, but what has been parsed is not written and parsed again.
+    def shutdown(self) -> None:
+        if self._is_set_up:
+            super().shutdown()
+        else:
+            self.transport.close()
+
+    def _set_up(self) -> None:
+        self._is_set_up = True
+        transport = self.transport
+        super().__init__(self.config, self.server_state, self.app_state, self.loop)
+        super().connection_made(transport)
+
+    def _upgrade(self, target: bytes, headers: _Headers) -> bool:
+        if not _is_plain(target, headers):
+            return False
         protocol = WebSocketProtocol(self.config, self.server_state, self.app_state)
         protocol.connection_made(self.transport)
-        if protocol.begin(self.url, self.headers):
-            self.connections.discard(self)
-            self.transport.set_protocol(protocol)
-        else:
-            self.server_state.connections.discard(protocol)
+        protocol.begin(target, headers)
+        self._stop_deadline()
+        self.server_state.connections.discard(self)
+        self.transport.set_protocol(protocol)
+        return True
+
+    def handle_websocket_upgrade(self) -> None:
+        # As uvicorn does, but what has been parsed is not written and parsed again.
+        if (
+            self.ws_protocol_class is not WebSocketProtocol
+            or self.scope["method"] != "GET"
+            or not self._upgrade(self.url, self.headers)
+        ):
             super().handle_websocket_upgrade()
 
     def on_message_begin(self) -> None:
@@ -227,27 +276,28 @@ class WithoutQuery(logging.Filter):
 
 
 def _read_head(head: bytes) -> tuple[bytes, _Headers] | None:
-    """Return target and headers of a request that uvicorn's HTTP class has parsed and written anew."""
-    first, *lines, end, after = head.split(b"\r\n")
-    if end or after or not first.startswith(b"GET ") or not first.endswith(b" HTTP/1.1"):
+    """Return target and headers of a request that is a head without anything odd, and nothing else.
+
+    Whatever else there is, or may be meant otherwise by somebody, is for a parser of HTTP. Source: RFC 9112 3 to 5.
+    """
+    matched = _PLAIN_HEAD.fullmatch(head) if len(head) <= _PLAIN_BYTES else None
+    if matched is None:
         return None
-    headers = []
-    for line in lines:
-        name, separator, value = line.partition(b": ")
-        if not separator:
-            return None
-        headers.append((name, value))
-    return first[4:-9], headers
+    return matched[1], [(name.lower(), value.strip(b" \t")) for name, value in _HEADER.findall(matched[2])]
 
 
-def _is_plain(headers: _Headers) -> bool:
+def _is_plain(target: bytes, headers: _Headers) -> bool:
     """Whether a handshake has all it must, and nothing odd that needs a closer look. Source: RFC 6455 4.2.1."""
+    if not target.startswith(b"/") or not target.isascii():
+        return False
     once: dict[bytes, bytes] = {}
     for name, value in headers:
         if name in _ONCE:
             if name in once:
                 return False
             once[name] = value
+        elif name in _WITH_BODY:
+            return False
     try:
         key = base64.b64decode(once.get(b"sec-websocket-key", b""), validate=True)
     except binascii.Error:
@@ -260,6 +310,7 @@ def _is_plain(headers: _Headers) -> bool:
     )
 
 
+_WITH_BODY = frozenset({b"content-length", b"expect", b"transfer-encoding"})
 _ONCE = frozenset({b"connection", b"origin", b"sec-websocket-key", b"sec-websocket-version", b"upgrade"})
 
 
