@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.protocol import message_head, message_tail
 from pubsub_mw.publisher import AsyncPublisher
-from pubsub_mw.realtime import sse
+from pubsub_mw.realtime import Realtime, sse
 from pubsub_mw.realtime.cursor import Cursor
 from tests.realtime.conftest import SECRET, Site
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import RawClient
 from tests.tools.raw_stream import Event, RawStream
+from tests.tools.redis_server import RedisServer
+from tests.tools.tcp_proxy import TcpProxy
 
 Serve = Callable[..., Awaitable[Site]]
 Open = Callable[..., Awaitable[RawClient]]
@@ -144,6 +147,31 @@ class TestPlain:
         assert await stream.recv() == Event("said", "<p>h\u00eb</p>\n<p>\U0001f600</p>", str(first))
         event = await stream.recv()
         assert (event.event, json.loads(event.data), event.id) == ("message", {"text": "a\nb"}, str(second))
+
+    @pytest.mark.parametrize("frames", ["", "1"])
+    async def test_nothing_is_missed_from_its_answer_on(
+        self,
+        serve_app: Callable[..., Awaitable[Site]],
+        raw_stream: Stream,
+        redis_server: RedisServer,
+        tcp_proxy: Callable[[int], TcpProxy],
+        prefix: str,
+        frames: str,
+    ) -> None:
+        """Between the broker, which is far away, and a client that takes "open" for "listening"."""
+        proxy = tcp_proxy(redis_server.port)
+        options = {"prefix": prefix, "secret": SECRET}
+        app = await asyncio.to_thread(lambda: Realtime(f"redis://{proxy.address}", **options))
+        site = await serve_app(app)
+        await (await listening(raw_stream, site, "warm")).close()
+        proxy.latency(100 * MS)
+        stream = await raw_stream(site.url + "/events", params=[*channels("a", "b"), ("frames", frames)])
+        publisher = AsyncPublisher(redis_server.url, **options)
+        for name in ("a", "b"):
+            await publisher.publish(name, f"{name}1")
+        await publisher.close()
+        await eventually_async(lambda: {"a1", "b1"} <= set(re.findall("[ab]1", "".join(e.data for e in stream.events))))
+        proxy.latency(0)
 
     async def test_its_headers_get_it_through_proxies(self, serve_realtime: Serve, raw_stream: Stream) -> None:
         stream = await listening(raw_stream, await serve_realtime(), "room")

@@ -12,9 +12,10 @@ stream. Source: HTML Standard 9.2, "Server-sent events".
 """
 
 import asyncio
+import contextlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -48,6 +49,11 @@ _PADDING = b":" + b" " * 2_048 + b"\n\n"
 _RETRY_SECONDS = (1.0, 3.0)
 """Between these a client whose stream breaks without a word is asked to wait; drawn for each, so that they do not come
 all at once."""
+
+
+_ANSWERED_SECONDS, _ANSWERED_BYTES = 2.0, 65_536
+"""After which a stream begins before all its channels are listened to: the broker, the application or the client is
+slow."""
 
 
 class _Form(Protocol):
@@ -178,12 +184,13 @@ async def _stream(scope: Scope, send: Send, shared: Shared, connection: Connecti
     wanted = read_wanted(query, handshake, resume)
     await connect(connection, wanted, resume, needs_all=is_plain)
     assert connection.id is not None
+    first = await _until_answered(connection, wanted.channels)
     form: _Form = (_Plain if is_plain else _Framed)(wanted.cursor, channel_of_connection(connection.id))
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     headers += [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     retry = b"retry: %d\n\n" % (1_000 * random.uniform(*_RETRY_SECONDS))
-    await _write(send, connection, form, _PADDING + retry)
+    await _write(send, connection, form, _PADDING + retry, first)
 
 
 async def _redeemed(shared: Shared, tickets: Sequence[str]) -> Resume | None:
@@ -204,16 +211,34 @@ async def _redeemed(shared: Shared, tickets: Sequence[str]) -> Resume | None:
     return read_resume(shared, token, use="ticket")
 
 
-async def _write(send: Send, connection: Connection, form: _Form, first: bytes) -> None:
+async def _until_answered(connection: Connection, channels: Collection[str]) -> list[bytes]:
+    """Take frames until each of `channels` is listened to or refused, so that "open" means that nothing is missed.
+
+    Not for longer than `_ANSWERED_SECONDS`, and not when there is much already of what was missed.
+    """
+    queue, frames, waiting = connection.send_queue, list[bytes](), set(channels)
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ANSWERED_SECONDS):
+            while waiting and size < _ANSWERED_BYTES and (frame := await queue.take()):
+                frames.append(frame)
+                size += len(frame)
+                if protocol.split_message(frame) is None:
+                    waiting.discard(orjson.loads(frame).get("channel"))
+    return frames
+
+
+async def _write(send: Send, connection: Connection, form: _Form, start: bytes, frames: list[bytes]) -> None:
     """Write until the send queue closes or the stream is over; then end it."""
-    await _send(send, [first])
-    queue, pieces = connection.send_queue, list[bytes]()
-    while queue.closed is None and not form.is_over:
-        frame = await queue.take()
-        for waiting in (frame, *queue.take_nowait()):
-            if waiting and not form.is_over:
-                pieces.append(form.render(waiting))
+    queue, pieces = connection.send_queue, [start]
+    while True:
+        for frame in frames:
+            if frame and not form.is_over:
+                pieces.append(form.render(frame))
         await _send(send, pieces)
+        if queue.closed is not None or form.is_over:
+            break
+        frames = [await queue.take(), *queue.take_nowait()]
     if queue.closed is not None:
         code, reason = queue.closed
         # SLOW: what waits will not be read, and recovery brings it. Otherwise errors and answers still go out.
