@@ -294,7 +294,6 @@ async def test_a_browser_hears_what_was_sent_and_nothing_else(deployment: Deploy
         ("message", "x" * 1_000_000),
         ("message", {"text": "a\r\nb", "n": [1, None]}),
     ]
-    await browser_page.wait_for_timeout(200)  # open says that there are headers; the subscription follows at once
     positions = [str(await publisher.publish("room:1", data, event=event)) for event, data in sent]
     count: Callable[[], Any] = lambda: browser_page.evaluate("heard.length")  # noqa: E731
     await eventually_async(lambda: browser_page.evaluate(f"heard.length >= {len(sent)}"), message="events")
@@ -325,7 +324,6 @@ async def test_an_event_source_comes_back_by_itself_with_what_it_missed(
         await publisher.publish("room:1", text)
 
     await browser_page.wait_for_function("source.readyState === 1")
-    await browser_page.wait_for_timeout(200)
     for number in range(5):
         await publish_until(f"{number} before")
         await eventually_async(lambda number=number: browser_page.evaluate(f"heard.includes('{number} before')"))  # type: ignore[misc]

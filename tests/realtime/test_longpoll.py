@@ -28,7 +28,7 @@ Serve = Callable[..., Awaitable[Site]]
 
 @pytest.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=20_000 * MS, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=20_000 * MS, trust_env=False, verify=False) as client:
         yield client
 
 

@@ -73,7 +73,7 @@ class RawStream:
         ssl: SSLContext | None = None,
         timeout: float = 5000 * MS,
     ) -> "RawStream":
-        client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, read=None), trust_env=False, verify=ssl or True)
+        client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, read=None), trust_env=False, verify=ssl or False)
         request = client.build_request("GET", url, params=params, headers=dict(headers or {}))
         async with asyncio.timeout(timeout):
             response = await client.send(request, stream=True)
