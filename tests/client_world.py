@@ -75,6 +75,8 @@ class Endpoint:
         if self._server is not None and self._task is not None:
             self._server.should_exit = True
             await self._task
+            # What a lifespan would do.
+            await self._app._stop_worker()  # type: ignore[attr-defined]
             await self._app.realtime.stop()  # type: ignore[attr-defined]
             self._server = self._task = None
 

@@ -283,7 +283,7 @@ def _read_head(head: bytes) -> tuple[bytes, _Headers] | None:
     matched = _PLAIN_HEAD.fullmatch(head) if len(head) <= _PLAIN_BYTES else None
     if matched is None:
         return None
-    return matched[1], [(name.lower(), value.strip(b" \t")) for name, value in _HEADER.findall(matched[2])]
+    return matched[1], [(name.lower(), value.lstrip(b" \t")) for name, value in _HEADER.findall(matched[2])]
 
 
 def _is_plain(target: bytes, headers: _Headers) -> bool:
