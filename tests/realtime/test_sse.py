@@ -1,6 +1,7 @@
 """Server-sent events: what a stream says, what it never says, and how it ends."""
 
 import asyncio
+import gc
 import json
 import re
 import socket
@@ -16,6 +17,7 @@ from pubsub_mw.errors import CloseCode
 from pubsub_mw.protocol import message_head, message_tail
 from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime import Realtime, sse
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.cursor import Cursor
 from tests.realtime.conftest import SECRET, Site
 from tests.tools.clock import MS, eventually_async
@@ -147,6 +149,19 @@ class TestPlain:
         assert await stream.recv() == Event("said", "<p>h\u00eb</p>\n<p>\U0001f600</p>", str(first))
         event = await stream.recv()
         assert (event.event, json.loads(event.data), event.id) == ("message", {"text": "a\nb"}, str(second))
+
+    async def test_a_stream_that_is_over_is_gone(self, serve_realtime: Serve, raw_stream: Stream) -> None:
+        """At once, without the garbage collector, which a server of many connections runs seldom."""
+        site = await serve_realtime()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                stream = await listening(raw_stream, site, "room")
+                await stream.close()
+            await eventually_async(lambda: not [item for item in gc.get_objects() if isinstance(item, Connection)])
+        finally:
+            gc.enable()
 
     @pytest.mark.parametrize("frames", ["", "1"])
     async def test_nothing_is_missed_from_its_answer_on(

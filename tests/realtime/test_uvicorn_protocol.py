@@ -25,6 +25,7 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
 from websockets.typing import Subprotocol
 
 from pubsub_mw.errors import CloseCode
@@ -198,6 +199,46 @@ async def test_an_app_refuses_a_handshake(
     await eventually_async(lambda: not site.server.server_state.connections | site.server.server_state.tasks)
 
 
+async def test_a_refusal_is_no_error(
+    serve_app: ServeApp, app: Any, caplog: pytest.LogCaptureFixture, websocket_class: str
+) -> None:
+    if websocket_class != OURS:
+        return  # uvicorn's own class says that the app did not answer
+    caplog.set_level(logging.INFO, "uvicorn.error")
+    site = await serve_app(app)
+    with pytest.raises(InvalidStatus):
+        await connect(site.ws_url + "/deny", proxy=None)
+    await eventually_async(lambda: not site.server.server_state.tasks)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(b"Content-Length: 5", id="a body"),
+        pytest.param(b"Transfer-Encoding: chunked", id="a body of unknown length"),
+        pytest.param(b"Cookie: a=" + b"c" * 9_000, id="a line that is too long"),
+        pytest.param(b"\r\n".join(b"X-%d: 1" % number for number in range(140)), id="too many lines"),
+    ],
+)
+async def test_a_handshake_that_the_parser_does_not_take_is_answered(
+    serve_app: ServeApp, app: Any, odd: bytes, websocket_class: str
+) -> None:
+    if websocket_class != OURS:
+        return  # uvicorn's own class never answers
+    site = await serve_app(app)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(
+        b"GET /deny HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n%b\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n" % odd
+    )
+    async with asyncio.timeout(2_000 * MS):
+        answer = await reader.read()  # to its end: it is closed too
+    assert answer.startswith(b"HTTP/1.1 4")
+    writer.close()
+    await eventually_async(lambda: not site.server.server_state.connections | site.server.server_state.tasks)
+
+
 async def test_the_scope_is_the_one_that_uvicorn_makes(serve_app: ServeApp, app: Any, websocket_class: str) -> None:
     found = []
     for ws in (websocket_class, "websockets-sansio"):
@@ -275,6 +316,23 @@ async def test_a_handshake_is_read_whatever_its_form(
     assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
     writer.close()
     await eventually_async(lambda: not site.server.server_state.connections)
+
+
+async def test_a_client_that_does_not_wait_for_the_answer_is_heard(
+    serve_app: ServeApp, app: Any, websocket_class: str, http_class: str
+) -> None:
+    if (websocket_class, http_class) != (OURS, HTTP):
+        return  # uvicorn's own class for HTTP drops what comes with the head
+    site = await serve_app(app)
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+    writer.write(
+        b"GET /realtime/ HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        + Frame(Opcode.TEXT, b'{"type":"connect"}').serialize(mask=True)
+    )
+    async with asyncio.timeout(2_000 * MS):
+        await reader.readuntil(b'"type":"connected"')
+    writer.close()
 
 
 class Parsed:

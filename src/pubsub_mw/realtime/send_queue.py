@@ -143,8 +143,9 @@ class SendQueue:
             self.closed = (code, reason)
             self._wake()
             self._tell_low()
-            if self._on_closed is not None:
-                self._on_closed()
+            callback, self._on_closed = self._on_closed, None  # it leads back to here
+            if callback is not None:
+                callback()
 
     def when_closed(self, callback: Callable[[], object]) -> None:
         """Call `callback` when the queue closes; the transport's way to bound its farewell."""

@@ -164,14 +164,22 @@ async def serve_events(scope: Scope, receive: Receive, send: Send, shared: Share
     loop = asyncio.get_running_loop()
     reader = asyncio.create_task(until_gone(receive))
     writer = asyncio.create_task(_stream(scope, send, shared, connection, handshake))
-    # A client that does not read keeps the writer waiting, also with the farewell.
-    connection.send_queue.when_closed(lambda: loop.call_later(CLOSE_SECONDS, writer.cancel))
+    giving_up: asyncio.TimerHandle | None = None
+
+    def give_up_soon() -> None:
+        """A client that does not read keeps the writer waiting, also with the farewell."""
+        nonlocal giving_up
+        giving_up = loop.call_later(CLOSE_SECONDS, writer.cancel)
+
+    connection.send_queue.when_closed(give_up_soon)
     try:
         await asyncio.wait({writer, reader}, return_when=asyncio.FIRST_COMPLETED)
         if writer.done() and not writer.cancelled():
             writer.result()
     finally:
         connection.close()
+        if giving_up is not None:
+            giving_up.cancel()
         for task in (reader, writer):
             task.cancel()
         await asyncio.gather(reader, writer, return_exceptions=True)
@@ -216,8 +224,9 @@ async def _until_answered(connection: Connection, channels: Collection[str]) -> 
 
     Not for longer than `_ANSWERED_SECONDS`, and not when there is much already of what was missed.
     """
-    queue, frames, waiting = connection.send_queue, list[bytes](), set(channels)
-    size = 0
+    # Its own channels need not be answered, and of a name that is too long the beginning is.
+    waiting = {name[:200] for name in channels if not name.startswith("#")}
+    queue, frames, size = connection.send_queue, list[bytes](), 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_ANSWERED_SECONDS):
             while waiting and size < _ANSWERED_BYTES and (frame := await queue.take()):

@@ -45,6 +45,8 @@ _HEADER = re.compile(rb"([^:]+):([^\r]*)\r\n")
 _CONNECTION = re.compile(rb"(?:[a-z-]+, *)*upgrade(?:, *[a-z-]+)*\Z", re.IGNORECASE)
 _SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
 
+_BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
 _Headers = list[tuple[bytes, bytes]]
 
 
@@ -112,10 +114,11 @@ class WebSocketProtocol(asyncio.Protocol):
     def _on_app_done(self, task: "asyncio.Task[None]") -> None:
         self._state.tasks.discard(task)
         self._scope["extensions"].pop(EXTENSION, None)  # it leads back to here
+        problem = None if task.cancelled() else task.exception()
         if self._transport is not None:
             self._fall_back()  # which says what is to be said of an app that failed, or did not answer
-        elif not task.cancelled() and task.exception() is not None:
-            log.error("an app failed after it took a WebSocket over", exc_info=task.exception())
+        elif problem is not None:
+            log.error("an app failed after it took a WebSocket over", exc_info=problem)
 
     # The app takes it over.
 
@@ -164,12 +167,24 @@ class WebSocketProtocol(asyncio.Protocol):
 
 
 class _Ordinary(WebSocketsSansIOProtocol):
-    """uvicorn's class, but for what it logs."""
+    """uvicorn's class, but for what it logs, and for a handshake that its parser does not take."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.close_sent:
+            # uvicorn would wait for ever: for this there is no event. The parser has an answer ready, or none.
+            answer = b"".join(self.conn.data_to_send()) or _BAD_REQUEST
+            self.transport.write(answer)
+            self.close_sent = self.disconnected = True
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
+            self.transport.close()
 
     async def send(self, message: Any) -> None:
-        if self.scope["query_string"]:
+        if not self.close_sent and self.scope["query_string"]:
             self.scope = {**self.scope, "query_string": b""}
         await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True  # else uvicorn logs an error, though the app has answered
 
 
 class HTTPProtocol(HttpToolsProtocol):
@@ -200,8 +215,11 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._is_set_up:
-            read = _read_head(data)
+            head, end, rest = data.partition(b"\r\n\r\n")
+            read = _read_head(head + end)
             if read is not None and self.config.ws_protocol_class is WebSocketProtocol and self._upgrade(*read):
+                if rest:  # of a client that did not wait for the answer
+                    self.transport.get_protocol().data_received(rest)  # type: ignore[attr-defined]
                 return
             self._set_up()
         super().data_received(data)
