@@ -183,8 +183,8 @@ class Draft:
         tag: random; also how a retry finds out that the first try had arrived
         head: bytes of the finished `message` frame up to its position
         exclude: the connection that shall not get it, or ""
-        idempotency_key: a publication with the same key within `idempotency_ttl` seconds is not
-            published again; "" = none
+        idempotency_key: a publication with the same key within `idempotency_ttl` seconds, of a part of an answer
+            within `claim_ttl`, is not published again; "" = none
         history_size: how many publications the channel keeps from now on (>= 1)
         is_kept: whether this one is among them; its offset is used up either way
     """

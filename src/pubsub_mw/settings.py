@@ -218,7 +218,7 @@ class Settings:
 
     @property
     def claim_ttl(self) -> float:
-        """How long a request is known: longer than its answer, so that a resend never runs what was answered."""
+        """How long a request and that it was answered are known: longer than until a 504 for want of a worker."""
         return self.idempotency_ttl + self.request_timeout + self.request_grace
 
     def overrides(self) -> dict[str, Any]:

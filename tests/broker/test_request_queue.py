@@ -29,7 +29,7 @@ from pubsub_mw.broker.interface import (
 )
 from pubsub_mw.broker.memory import memory_broker
 from pubsub_mw.broker.redis.keyspace import Keyspace
-from pubsub_mw.drafts import build_answer_draft
+from pubsub_mw.drafts import build_answer_draft, build_draft
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, ConnectionId, Draft, Handshake, Request
 from pubsub_mw.settings import Settings
@@ -337,6 +337,27 @@ async def test_a_long_stream_whose_begin_is_no_longer_kept_has_begun(open_world:
     ]
     await asyncio.to_thread(queue.settle, [world.answer("1", kind=">"), *more], [])
     assert await asyncio.to_thread(queue.progress, request(id="1")) is Progress.BEGUN
+    await world.broker.close()
+
+
+async def test_an_answer_is_known_for_as_long_as_its_request_and_longer_than_other_keys(
+    open_world: Callable[..., World],
+) -> None:
+    world = open_world(idempotency_ttl=50 * MS, request_timeout=1_000 * MS, request_grace=0)
+    queue = world.queue()
+    await world.accept("1")
+    await asyncio.to_thread(queue.settle, [world.answer("1", b"of the worker")], await take(queue))
+    plain = build_draft(world.settings, CHANNEL, "other", idempotency_key="other")
+    before = await asyncio.to_thread(world.sync.publish, [plain])
+
+    async def is_forgotten() -> bool:
+        return await asyncio.to_thread(world.sync.publish, [plain]) != before
+
+    await eventually_async(is_forgotten)
+    (accepted,) = await world.accept_all(request(id="1"))
+    assert accepted.answered_at is not None
+    await asyncio.to_thread(queue.settle, [world.answer("1", b"for want of one")], [])
+    assert [frame["body"] for frame in await world.frames() if frame["type"] == "response"] == ["of the worker"]
     await world.broker.close()
 
 

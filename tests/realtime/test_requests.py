@@ -234,7 +234,7 @@ class World:
             key = answer_key(id) if number == 0 else f"{id}{number}"
             draft = build_answer_draft(self.settings, CHANNEL, head, key, kind + id)
             positions += self.sync.publish([draft])
-            self.requests.on_reply(kind + id)
+            self.requests.on_reply(CONNECTION, kind + id)
             if kind == ".":
                 self.settle(id)
         return positions
@@ -535,7 +535,7 @@ async def test_what_waits_behind_a_stream_for_too_long_is_answered_504_and_not_r
     assert not await pages_of(world, ".a")
     await eventually_async(lambda: not len(world.gate._tasks))
     for reply in (".b", ".c"):
-        world.requests.on_reply(reply)
+        world.requests.on_reply(CONNECTION, reply)
     world.publish("a", ".")
     assert await world.nothing_taken()
     world.put("b")
@@ -608,6 +608,37 @@ async def test_a_request_is_taken_without_a_connection_at_this_server(open_world
     assert again.answered_at is not None
     (answer,) = await gate.read_answer(request, again.answered_at)
     assert answer.reply == ".0"
+
+
+@pytest.mark.parametrize("engine", ["memory", "redis"])
+async def test_an_answer_that_passed_by_another_server_is_followed_by_no_504_and_no_warning(
+    engine: str, request: pytest.FixtureRequest, open_world: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = "memory://" if engine == "memory" else request.getfixturevalue("redis_server").url
+    # The answer is known for longer than any other idempotency key.
+    settings = {"request_timeout": 700 * MS, "request_grace": 0, "idempotency_ttl": 600 * MS}
+    world, elsewhere = open_world(url, **settings), open_world(url, **settings)
+    await world.gate.accept(frame("a"), CONNECTION, None, HANDSHAKE, "sse")
+    await elsewhere.taken(1)
+    await asyncio.to_thread(elsewhere.publish, "a", ".")
+    await world.gate.accept(frame("later"), CONNECTION, None, HANDSHAKE, "sse")
+    await eventually_async(lambda: pages_of(world, ".later"))
+    await eventually_async(lambda: not len(world.gate._tasks) and not world.gate._timers)
+    assert len(await pages_of(world, ".a")) == 1
+    assert caplog.text.count("answered 504") == 1
+
+
+async def test_requests_answered_elsewhere_do_not_count_as_waiting_however_many(
+    open_world: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_mw.realtime.requests._MOST_EXPECTED", 3)
+    world, elsewhere = open_world(queue_size=1), open_world(queue_size=1)
+    for number in range(10):
+        accepted = await world.gate.accept(frame(str(number)), CONNECTION, None, HANDSHAKE, "sse")
+        assert accepted.acceptance is Acceptance.STORED
+        await elsewhere.taken(1)
+        elsewhere.publish(str(number), ".")
+    assert [id for _, id in world.gate._timers] == ["7", "8", "9"]  # noqa: A001
 
 
 async def test_requests_that_come_together_are_stored_in_few_round_trips_and_in_order(

@@ -12,14 +12,20 @@ import jwt
 import pytest
 from starlette.routing import Mount, Router
 
+from pubsub_mw import protocol
 from pubsub_mw.asgi import with_realtime
+from pubsub_mw.broker.engines import open_broker
+from pubsub_mw.broker.interface import answer_key
+from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.grants import sign_grant
+from pubsub_mw.model import channel_of_connection
 from pubsub_mw.publisher import AsyncPublisher, Publisher
 from pubsub_mw.realtime import Realtime
+from pubsub_mw.settings import Settings
 from tests.realtime.conftest import SECRET, Site
 from tests.realtime.serving import Servers
-from tests.tools.clock import MS
+from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import Frame, RawClient
 from tests.tools.raw_stream import RawStream
 from tests.tools.redis_server import RedisServer
@@ -490,6 +496,33 @@ async def test_a_request_runs_the_view_and_is_answered_on_the_stream(
                 "id": connected["connection"], "transport": transport, "said": "hi", "cookie": "abc",
             }  # fmt: skip
         assert await sender.send({"type": "cancel", "id": "sse"}) == [{"type": "accepted", "id": "sse"}]
+
+
+@pytest.mark.parametrize("transport", ["sse", "longpoll", "websocket"])
+async def test_a_server_that_sees_an_answer_pass_does_not_wait_for_it_any_more(
+    serve_realtime: Serve, http: httpx.AsyncClient, raw_stream: Stream, prefix: str, transport: str
+) -> None:
+    site = await serve_realtime(requests="/*")
+    sender = Sender(http, site)
+    connected = await sender.hello()
+    if transport == "sse":
+        stream = await raw_stream(events(site, frames="1"), headers=bearer(sender.resume))
+        await stream.frame("connected")
+    elif transport == "websocket":
+        client = await RawClient.connect(site.ws_url + "/")
+        await client.hello(resume=sender.resume)
+    await sender.send({"type": "request", "id": "1", "method": "GET", "path": "/"})
+    expected = (await site.app.start()).shared.gate._timers
+    assert len(expected) == 1
+    settings = Settings.build("memory://", environ={}, prefix=prefix)
+    channel = channel_of_connection(connected["connection"])
+    head = protocol.response_head("1", 200, {}, b"")
+    open_broker(settings).publish([build_answer_draft(settings, channel, head, answer_key("1"), ".1")])
+    if transport == "longpoll":
+        await http.get(site.url + "/poll?wait=1", headers=bearer(sender.resume))
+    await eventually_async(lambda: not expected)
+    if transport == "websocket":
+        await client.close()
 
 
 async def test_requests_sent_by_post_wait_in_the_connections_line_whichever_server_takes_them(

@@ -125,7 +125,8 @@ class MemoryBroker:
         history.entries_expire = now + self._settings.history_ttl
         history.expires = now + self._settings.position_ttl
         if draft.idempotency_key:
-            self._keys[key] = (position, now + self._settings.idempotency_ttl)
+            ttl = self._settings.claim_ttl if draft.reply else self._settings.idempotency_ttl
+            self._keys[key] = (position, now + ttl)
         # Under the lock, so that every subscriber gets publications in offset order.
         for subscriber in self._subscribers:
             subscriber.offer(draft.channel, payload)

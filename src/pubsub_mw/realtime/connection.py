@@ -94,6 +94,7 @@ class Shared:
         self.verifier = GrantVerifier(secret, settings.grant_public_key)
         self.is_public = compile_patterns(settings.public)
         self.gate = RequestGate(settings, broker, publisher, secret)
+        self.on_reply = self.gate.on_reply  # one object for all
         self.control = Control(broker, hub, settings, secret)
         self.authorizer = Authorizer(broker, hub, settings, secret)
         self.lifecycle = Lifecycle(broker, settings, secret)
@@ -488,6 +489,7 @@ class Connection:
                 is_announced=own.is_announced,
                 is_fresh=resume is None and channel == channel_of_connection(connection),
                 settled=settled[-1],
+                on_reply=self._shared.on_reply,
             )
             self._own += (subscription,)
         if resume is not None:

@@ -683,7 +683,7 @@ def _put(subscription: Subscription, run: Run) -> None:
         else:
             subscription.send_queue.put_batch(run)
     if run.reply and subscription.on_reply is not None:
-        subscription.on_reply(run.reply)
+        subscription.on_reply(subscription.connection, run.reply)
 
 
 def _first(payloads: Sequence[bytes], most_bytes: int) -> tuple[Sequence[bytes], Sequence[bytes]]:

@@ -14,7 +14,7 @@ of the two shows.
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Coroutine, Sequence
 
 from pubsub_mw import protocol
@@ -43,7 +43,10 @@ log = logging.getLogger("pubsub_mw")
 
 _MOST_PER_ROUND_TRIP = 256
 _MOST_EXPECTED = 100_000
-"""Answers that one process waits for, to give its own if none comes; beyond it requests are refused as `busy`."""
+"""Answers that one process waits for, to give its own if none comes; or twice `queue_size`, if that is more. It is not
+told of those that go to clients elsewhere, so beyond it the oldest is waited for no longer: of those after it at least
+half were answered, since the queue does not hold so many, and workers that live answer that one too."""
+_NO_WORKER = "a request is answered 504: no worker began to answer in time. Is `pubsub-mw worker` running?"
 _RETRY_SECONDS = 1.0
 """Until the broker is asked again when it did not take an answer."""
 
@@ -91,7 +94,8 @@ class RequestGate(RequestCheck):
         self._offers: deque[tuple[Offer, asyncio.Future[Accepted]]] = deque()
         self._stored: dict[tuple[ConnectionId, str], asyncio.Future[Accepted]] = {}  # those under way
         self._storing: asyncio.Task[None] | None = None
-        self._timers: dict[tuple[ConnectionId, str], asyncio.TimerHandle] = {}
+        self._timers: OrderedDict[tuple[ConnectionId, str], asyncio.TimerHandle] = OrderedDict()  # the oldest first
+        self._most_timers = max(_MOST_EXPECTED, 2 * settings.queue_size)
         self._tasks = TaskSet()
 
     async def accept(
@@ -116,7 +120,7 @@ class RequestGate(RequestCheck):
         stored: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         # Whoever waited may be gone when there is an answer.
         stored.add_done_callback(lambda stored: stored.cancelled() or stored.exception())
-        if len(self._offers) >= self.settings.queue_size or len(self._timers) >= _MOST_EXPECTED:
+        if len(self._offers) >= self.settings.queue_size:
             stored.set_exception(FrameError(ErrorCode.BUSY, "too many requests wait at this server", id=request.id))
             return stored
         offer = Offer(
@@ -210,6 +214,10 @@ class RequestGate(RequestCheck):
 
     # For want of a worker.
 
+    def on_reply(self, connection: ConnectionId, reply: str) -> None:
+        """Note that a part of an answer passed on a connection's own channel."""
+        self.on_begun(connection, reply[1:])
+
     def on_begun(self, connection: ConnectionId, request_id: str) -> None:
         """Note that an answer has begun: it needs no other one."""
         timer = self._timers.pop((connection, request_id), None)
@@ -219,6 +227,8 @@ class RequestGate(RequestCheck):
     def _expect(self, connection: ConnectionId, request_id: str, reply_to: Channel, seconds: float) -> None:
         key = (connection, request_id)
         if key not in self._timers:
+            if len(self._timers) >= self._most_timers:
+                self._timers.popitem(last=False)[1].cancel()
             loop = asyncio.get_running_loop()
             self._timers[key] = loop.call_later(seconds, self._on_timeout, *key, reply_to)
 
@@ -227,12 +237,13 @@ class RequestGate(RequestCheck):
         self._tasks.spawn(self._time_out(connection, request_id, reply_to))
 
     async def _time_out(self, connection: ConnectionId, request_id: str, reply_to: Channel) -> None:
-        log.warning("a request is answered 504: no worker began to answer in time. Is `pubsub-mw worker` running?")
         body = b"no worker has begun to answer in time\n"
         head = protocol.response_head(request_id, 504, {"content-type": "text/plain; charset=utf-8"}, body)
         draft = build_answer_draft(self.settings, reply_to, head, answer_key(request_id), "." + request_id)
         try:
-            await self.publisher.publish_drafts([draft])
+            (position,) = await self.publisher.publish_drafts([draft])
+            if position.tag == draft.tag:  # else it was answered, and the answer passed by other servers
+                log.warning(_NO_WORKER)
             await self.broker.withdraw(connection, request_id)
         except (PublishError, BrokerUnavailable) as error:
             log.warning("a request is answered 504 later: %s", error)
@@ -293,12 +304,11 @@ class Requests:
         """Drop a request that waits, or have the worker that runs it told; it may be one from before a reconnect."""
         self._tasks.spawn(self._cancel(request_id))
 
-    def on_reply(self, reply: str) -> None:
+    def on_reply(self, connection: ConnectionId, reply: str) -> None:
         """Note that a part of an answer passed on the connection's own channel."""
-        mark, request_id = reply[0], reply[1:]
-        self._gate.on_begun(self._connection, request_id)
-        if mark == ".":
-            self._unanswered.discard(request_id)
+        self._gate.on_reply(connection, reply)
+        if reply[0] == ".":
+            self._unanswered.discard(reply[1:])
 
     def close(self) -> None:
         """Store nothing more: what was not stored its client sends again on its next connection."""

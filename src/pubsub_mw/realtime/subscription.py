@@ -217,7 +217,7 @@ class Subscription:
         position: the last one the client received, or None
         is_announced: whether `subscribed` is sent when it begins (not for a connection's own channels, unless asked)
         is_fresh: the channel cannot have been published to yet, so there is no history to ask
-        on_reply: called with `Publication.reply` of each publication that is part of an answer
+        on_reply: called with the connection and `Publication.reply` of each publication that is part of an answer
         on_begin: called when `subscribed` is sent; returns who is on a presence channel, user -> info
         settled: is set to whether it succeeded, when it is live for the first time or given up
     """
@@ -249,7 +249,7 @@ class Subscription:
         is_announced: bool = True,
         is_fresh: bool = False,
         settled: "asyncio.Future[bool] | None" = None,
-        on_reply: Callable[[str], None] | None = None,
+        on_reply: Callable[[ConnectionId, str], None] | None = None,
     ) -> None:
         self.channel = channel
         self.connection = connection

@@ -100,7 +100,7 @@ class Scripts:
                 "1" if draft.is_kept else "0",
                 self._history_ttl,
                 self._position_ttl,
-                self._idempotency_ttl,
+                self._claim_ttl if draft.reply else self._idempotency_ttl,
                 "1" if is_retry else "0",
             ),
         )
