@@ -95,14 +95,14 @@ def build_draft(
     )
 
 
-def build_answer_draft(settings: Settings, channel: Channel, head: bytes, key: str, reply: str) -> Draft:
+def build_answer_draft(settings: Settings, channel: Channel, head: bytes, key: str, reply: str, part: int = 0) -> Draft:
     """Return a part of the answer to a request, for the channel that it goes to.
 
     Args:
         channel: from `Request.reply_to`
         head: the frame up to its position
         key: idempotency key; published twice it shows once
-        reply: as in `Draft`
+        reply, part: as in `Draft`
     """
     return Draft(
         channel=channel,
@@ -113,6 +113,7 @@ def build_answer_draft(settings: Settings, channel: Channel, head: bytes, key: s
         history_size=settings.private_history_size,
         is_kept=True,
         reply=reply,
+        part=part,
     )
 
 

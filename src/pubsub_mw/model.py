@@ -198,6 +198,9 @@ class Draft:
     is_kept: bool
     reply: str = ""
     """`>` + a request's id where its answer begins, `-` where it goes on, `.` where it is complete; else ""."""
+    part: int = 0
+    """Counts those that share an idempotency key, from 1: one with this number or a higher one was published before, or
+    it is published now. 0 = the key is of this one alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from pubsub_mw.broker.interface import (
     Taken,
     answer_key,
     end_key,
+    part_key,
 )
 from pubsub_mw.broker.memory import memory_broker
 from pubsub_mw.broker.redis.keyspace import Keyspace
@@ -332,11 +333,51 @@ async def test_a_long_stream_whose_begin_is_no_longer_kept_has_begun(open_world:
     world = open_world(private_history_size=2)
     queue = world.queue()
     more = [
-        build_answer_draft(world.settings, CHANNEL, protocol.response_chunk_head("1", b""), f"c:{number}", "-1")
-        for number in range(2)
+        build_answer_draft(world.settings, CHANNEL, protocol.response_chunk_head("1", b""), part_key("1"), "-1", number)
+        for number in (1, 2)
     ]
     await asyncio.to_thread(queue.settle, [world.answer("1", kind=">"), *more], [])
     assert await asyncio.to_thread(queue.progress, request(id="1")) is Progress.BEGUN
+    await world.broker.close()
+
+
+def part(world: World, number: int, text: bytes) -> Draft:
+    head = protocol.response_chunk_head("1", text)
+    return build_answer_draft(world.settings, CHANNEL, head, part_key("1"), "-1", number)
+
+
+async def test_the_parts_of_an_answer_show_once_whoever_says_them_again_and_how_often(world: World) -> None:
+    dead, other = world.queue("dead"), world.queue("other")
+    first = [world.answer("1", kind=">"), part(world, 1, b"a"), part(world, 2, b"b")]
+    await asyncio.to_thread(dead.settle, first, [])
+    await asyncio.to_thread(dead.settle, first, [])
+    await asyncio.to_thread(
+        other.settle, [part(world, number, b"abc"[number - 1 : number]) for number in (1, 2, 3)], []
+    )
+    await asyncio.to_thread(dead.settle, [part(world, 3, b"of the dead"), part(world, 4, b"d")], [])
+    frames = await world.frames()
+    assert [frame["body"] for frame in frames if frame["type"] == "response_chunk"] == ["a", "b", "c", "d"]
+
+
+async def test_how_far_a_stream_has_come_is_known_for_as_long_as_it_is_worked_on(
+    open_world: Callable[..., World],
+) -> None:
+    world = open_world(idempotency_ttl=200 * MS, request_timeout=50 * MS, request_grace=0)
+    queue = world.queue()
+    await world.accept("1")
+    (taken,) = await take(queue)
+    await asyncio.to_thread(queue.settle, [world.answer("1", kind=">"), part(world, 1, b"a")], [])
+    await asyncio.to_thread(queue.settle, [world.answer("2", b"first")], [])
+
+    async def other_is_forgotten() -> bool:
+        await asyncio.to_thread(queue.renew, {taken.entry: request(id="1")})
+        await asyncio.to_thread(queue.settle, [world.answer("2", b"again")], [])
+        return bool((await world.frames())[-1]["body"] == "again")
+
+    await eventually_async(other_is_forgotten)
+    await asyncio.to_thread(queue.settle, [part(world, 1, b"a"), part(world, 2, b"b")], [])
+    frames = await world.frames()
+    assert [frame["body"] for frame in frames if frame["type"] == "response_chunk"] == ["a", "b"]
     await world.broker.close()
 
 

@@ -64,6 +64,9 @@ class Site:
         with self._gate.open("ab") as gate:
             gate.write(b"." * by)
 
+    def shut_gate(self) -> None:
+        self._gate.write_bytes(b"")
+
     def dump(self) -> bytes:
         """Everything that this deployment has in Redis, names of keys included."""
         with redis.Redis(port=self.redis.port) as client:
@@ -413,6 +416,31 @@ async def test_a_worker_that_is_killed_in_the_middle_is_replaced_and_the_view_ru
     assert [(run["id"], run["delivery_count"]) for run in site.runs()] == [("1", 1), ("1", 2), ("2", 1)]
     first, second, _ = site.runs()
     assert first["pid"] != second["pid"]
+
+
+async def test_a_stream_whose_worker_is_killed_goes_on_where_it_broke_off_however_long_it_takes(
+    site: Site, raw_client: Connect
+) -> None:
+    lease, ttl, timeout = 500 * MS, 100 * MS, 3_000 * MS
+    site.env |= {"PUBSUB_LEASE": str(lease), "PUBSUB_IDEMPOTENCY_TTL": str(ttl)}
+    site.env |= {"PUBSUB_REQUEST_TIMEOUT": str(timeout), "PUBSUB_REQUEST_GRACE": "0"}
+    server, worker = site.server(), site.worker("--processes", "2")
+    await asyncio.to_thread(worker.wait_for_log, "takes requests", 10_000 * MS)
+    client = await raw_client(realtime(server))
+    await client.hello()
+    await send(client, "1", "/stream/6")
+    site.open_gate(3)
+    await eventually_async(lambda: len(frames_of(client, "1")) == 5, 10_000 * MS)
+    os.kill(site.runs()[0]["pid"], signal.SIGKILL)
+    site.shut_gate()
+    site.redis.cli("SET", f"{site.prefix}:old", "1", "PX", round((ttl + timeout) * 1_000))
+    await eventually_async(lambda: len(site.runs()) == 2, 10_000 * MS)
+    await eventually_async(lambda: not site.redis.cli("EXISTS", f"{site.prefix}:old"), 10_000 * MS)
+    site.open_gate(6)
+    assert "error" not in await answer(client, "1")
+    frames = frames_of(client, "1")
+    assert b"".join(map(body, frames)) == b"0,1,2,3,4,5,"
+    assert [position(frame) for frame in frames] == list(range(1, 9))
 
 
 async def test_a_worker_that_seemed_dead_and_wakes_up_is_not_heard(site: Site, raw_client: Connect) -> None:

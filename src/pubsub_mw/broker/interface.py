@@ -34,6 +34,7 @@ __all__ = [
     "Taken",
     "answer_key",
     "end_key",
+    "part_key",
 ]
 
 
@@ -45,6 +46,11 @@ def answer_key(request_id: str) -> str:
 def end_key(request_id: str) -> str:
     """Return the idempotency key of what ends an answer that is published in parts."""
     return f"e:{request_id}"
+
+
+def part_key(request_id: str) -> str:
+    """Return the idempotency key of all between the two, which are counted: see `Draft.part`."""
+    return f"c:{request_id}"
 
 
 class Acceptance(Enum):

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pubsub_mw.broker.codec import decode, encode
-from pubsub_mw.broker.interface import Accepted, Listener, Offer, Progress, Taken, answer_key, end_key
+from pubsub_mw.broker.interface import Accepted, Listener, Offer, Progress, Taken, answer_key, end_key, part_key
 from pubsub_mw.broker.memory_queue import MemoryRequests
 from pubsub_mw.broker.presence import Notice, PresenceCall, Present, Roster
 from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Request
@@ -73,6 +73,15 @@ class _History:
         return Position(self.epoch, self.offset, self.tag)
 
 
+@dataclass(slots=True)
+class _Known:
+    """What was published last under an idempotency key."""
+
+    position: Position
+    part: int
+    expires: float
+
+
 class MemoryBroker:
     """The engine: `Broker` for threads; `AsyncMemoryBroker` shows it to an event loop."""
 
@@ -80,7 +89,7 @@ class MemoryBroker:
         self._settings = settings
         self._lock = threading.Lock()
         self._histories: dict[str, _History] = {}
-        self._keys: dict[tuple[str, str], tuple[Position, float]] = {}
+        self._keys: dict[tuple[str, str], _Known] = {}
         self._subscribers: list[MemorySubscriber] = []
         self.requests = MemoryRequests(settings, self._lock)
         self._reports: dict[ConnectionId, bytes] = {}
@@ -111,9 +120,9 @@ class MemoryBroker:
             self._sweep(now)
         key = (draft.channel, draft.idempotency_key)
         if draft.idempotency_key:
-            known, expires = self._keys.get(key, (None, 0.0))
-            if known is not None and expires > now:
-                return known
+            known = self._keys.get(key)
+            if known is not None and known.expires > now and known.part >= draft.part:
+                return known.position
         history = self._history(draft.channel, now)
         position = Position(history.epoch, history.offset + 1, draft.tag)
         payload = encode(draft, position, history.top)
@@ -126,7 +135,7 @@ class MemoryBroker:
         history.expires = now + self._settings.position_ttl
         if draft.idempotency_key:
             ttl = self._settings.claim_ttl if draft.reply else self._settings.idempotency_ttl
-            self._keys[key] = (position, now + ttl)
+            self._keys[key] = _Known(position, draft.part, now + ttl)
         # Under the lock, so that every subscriber gets publications in offset order.
         for subscriber in self._subscribers:
             subscriber.offer(draft.channel, payload)
@@ -225,8 +234,8 @@ class MemoryBroker:
             ]
 
     def _published_at(self, channel: Channel, key: str) -> Position | None:
-        position, expires = self._keys.get((channel, key), (None, 0.0))
-        return position if expires > time.monotonic() else None
+        known = self._keys.get((channel, key))
+        return known.position if known is not None and known.expires > time.monotonic() else None
 
     def cancel(self, connection: ConnectionId, request_id: str) -> bool:
         with self._lock:
@@ -247,9 +256,10 @@ class MemoryBroker:
         with self._lock:
             gone = self.requests.renew(running)
             for request in (request for entry, request in running.items() if entry not in gone):
-                answer = (str(request.reply_to), answer_key(request.id))
-                if answer in self._keys:
-                    self._keys[answer] = (self._keys[answer][0], known_until)
+                for key in (answer_key(request.id), part_key(request.id)):
+                    known = self._keys.get((str(request.reply_to), key))
+                    if known is not None:
+                        known.expires = known_until
             return gone
 
     def settle(self, done: Sequence[Taken]) -> None:
@@ -320,7 +330,7 @@ class MemoryBroker:
 
     def _sweep(self, now: float) -> None:
         self._histories = {name: history for name, history in self._histories.items() if history.expires > now}
-        self._keys = {key: value for key, value in self._keys.items() if value[1] > now}
+        self._keys = {key: value for key, value in self._keys.items() if value.expires > now}
         # A revocation is older than every grant it can concern once `revocation_ttl` is over.
         limit = time.time() - self._settings.revocation_ttl
         self._revoked = {key: value for key, value in self._revoked.items() if max(value.values()) > limit}

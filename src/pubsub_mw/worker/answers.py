@@ -6,16 +6,16 @@ Owns:   which headers go to a client, and whether an answer goes out whole or in
 Never:  lets Set-Cookie, or any header that is not listed, near a script or into history
 
 An answer that is short and complete is one `response`. Otherwise it is `response_start`, a `response_chunk` per chunk
-of the application, `response_end`. The keys count chunks, so a view that is run again after its worker died goes on
-where the first run broke off, as far as it says the same again. A short answer to a request whose first run had begun
-to stream goes out in parts too: the client waits for their end.
+of the application, `response_end`. Chunks are counted under one key, so a view that is run again after its worker died
+goes on where the first run broke off, as far as it says the same again. A short answer to a request whose first run had
+begun to stream goes out in parts too: the client waits for their end.
 """
 
 import logging
 from collections.abc import Sequence
 
 from pubsub_mw import protocol
-from pubsub_mw.broker.interface import answer_key, end_key
+from pubsub_mw.broker.interface import answer_key, end_key, part_key
 from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.model import Draft, Request
 from pubsub_mw.settings import Settings
@@ -119,7 +119,7 @@ class Answer:
 
     def _part(self, head: bytes) -> Draft:
         self._parts += 1
-        return self._draft(head, f"c:{self.request.id}:{self._parts}", "-")
+        return self._draft(head, part_key(self.request.id), "-", self._parts)
 
-    def _draft(self, head: bytes, key: str, mark: str) -> Draft:
-        return build_answer_draft(self._settings, self.request.reply_to, head, key, mark + self.request.id)
+    def _draft(self, head: bytes, key: str, mark: str, part: int = 0) -> Draft:
+        return build_answer_draft(self._settings, self.request.reply_to, head, key, mark + self.request.id, part)

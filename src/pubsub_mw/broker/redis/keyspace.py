@@ -35,7 +35,7 @@ class Keyspace:
         return f"{self.prefix}:{{{channel}}}:p"
 
     def idempotency(self, channel: Channel, key: str) -> str:
-        """String: the position of the publication that was made with `key`."""
+        """String: the position of the publication made with `key`, and which part it is; see `publish.lua`."""
         return f"{self.prefix}:{{{channel}}}:i:{key}"
 
     def presence(self, channel: Channel) -> tuple[str, str, str]:

@@ -3,15 +3,18 @@
 -- KEYS  1 position of the channel: hash of e (epoch), o (offset), t (tag)
 --       2 history: stream, entry id <offset>-0, field p = the payload, or its first line where it is not kept
 --       3 pub/sub channel
---       4 idempotency key -> position (optional)
+--       4 idempotency key -> position, " " and the number of the part if it is one (optional)
 -- ARGV  1 epoch for a channel that has none    2 tag              3 frame up to its position  4 frame after it
 --       5 "<exclude> <reply>", either empty  6 history size     7 "1" = keep it in history
 --       8 history ttl, ms   9 position ttl, ms   10 idempotency ttl, ms   11 "1" = an earlier try may have arrived
+--       12 number of the part under its key, or "0"
 -- Returns the position as text. The payload is laid out as `codec.py` says.
 
 if KEYS[4] then
   local known = redis.call('GET', KEYS[4])
-  if known then return known end
+  if known and tonumber(string.match(known, ' (%d+)$') or 0) >= tonumber(ARGV[12]) then
+    return string.match(known, '^%S*')
+  end
 end
 
 local place = redis.call('HMGET', KEYS[1], 'e', 'o', 't')
@@ -40,6 +43,8 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '=', ARGV[6], next_offset .. '-0', 'p', AR
 redis.call('HSET', KEYS[1], 'e', epoch, 'o', next_offset, 't', ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[8])
 redis.call('PEXPIRE', KEYS[1], ARGV[9])
-if KEYS[4] then redis.call('SET', KEYS[4], position, 'PX', ARGV[10]) end
+if KEYS[4] then
+  redis.call('SET', KEYS[4], ARGV[12] == '0' and position or position .. ' ' .. ARGV[12], 'PX', ARGV[10])
+end
 redis.call('PUBLISH', KEYS[3], payload)
 return position

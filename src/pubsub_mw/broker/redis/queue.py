@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pubsub_mw.broker.codec import decode
-from pubsub_mw.broker.interface import Progress, Taken, answer_key, end_key
+from pubsub_mw.broker.interface import Progress, Taken, answer_key, end_key, part_key
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Draft, Request
@@ -92,7 +92,8 @@ class RedisQueue:
         calls: list[tuple[Any, ...]] = [("XCLAIM", self._stream, _GROUP, self._worker, 0, *running, "JUSTID")]
         for request in running.values():
             calls.append(("PEXPIRE", self._keyspace.claim(request.connection, request.id), self._claim_ttl))
-            calls.append(("PEXPIRE", self._answer(request), self._claim_ttl))
+            for key in (answer_key(request.id), part_key(request.id)):
+                calls.append(("PEXPIRE", self._keyspace.idempotency(request.reply_to, key), self._claim_ttl))
             calls += [("PEXPIRE", key, self._claim_ttl) for key in self._keyspace.lane(request.connection)]
         held = set(self._link.run(lambda _: calls)[0])
         return [entry for entry in running if entry.encode() not in held]
@@ -124,7 +125,7 @@ class RedisQueue:
     def progress(self, request: Request) -> Progress:
         """Say how much of an answer was published; see `RequestQueue.progress`."""
         channel = request.reply_to
-        keys = (self._answer(request), self._keyspace.idempotency(channel, end_key(request.id)))
+        keys = [self._keyspace.idempotency(channel, key) for key in (answer_key(request.id), end_key(request.id))]
         begin, end = self._link.run(lambda _: [("GET", key) for key in keys])
         if begin is None or end is not None:
             return Progress.NOTHING if begin is None else Progress.COMPLETE
@@ -142,9 +143,6 @@ class RedisQueue:
         except BrokerUnavailable as error:
             if "NOGROUP" not in str(error):
                 raise
-
-    def _answer(self, request: Request) -> str:
-        return self._keyspace.idempotency(request.reply_to, answer_key(request.id))
 
 
 def _milliseconds(time: list[bytes]) -> int:

@@ -102,6 +102,7 @@ class Scripts:
                 self._position_ttl,
                 self._claim_ttl if draft.reply else self._idempotency_ttl,
                 "1" if is_retry else "0",
+                str(draft.part),
             ),
         )
 
