@@ -498,6 +498,40 @@ async def test_a_request_runs_the_view_and_is_answered_on_the_stream(
         assert await sender.send({"type": "cancel", "id": "sse"}) == [{"type": "accepted", "id": "sse"}]
 
 
+@pytest.mark.parametrize("engine", ["memory", "redis"])
+async def test_a_request_sent_again_gets_the_stored_answer_after_what_is_said_of_each_frame(
+    http: httpx.AsyncClient, request: pytest.FixtureRequest, prefix: str, engine: str
+) -> None:
+    url = "memory://" if engine == "memory" else request.getfixturevalue("redis_server").url
+    app, runs = flask.Flask("answering"), list[str]()
+
+    @app.get("/<name>")
+    def answer(name: str) -> Any:
+        runs.append(name)
+        return f"of {name}" if name == "a" else iter(["of ", name])
+
+    async with Servers() as servers:
+        server = await servers.start(lambda: with_realtime(app, url=url, prefix=prefix, secret=SECRET))
+        site = Site(None, server.port, None)  # type: ignore[arg-type]
+        site.url += "/realtime"
+        sender = Sender(http, site)
+        await sender.hello()
+        sent = [{"type": "request", "id": name, "method": "GET", "path": f"/{name}"} for name in "ab"]
+        accepted = [{"type": "accepted", "id": name} for name in "ab"]
+        assert await sender.send(*sent) == accepted
+
+        async def both_answers() -> list[Frame]:
+            said = await sender.send(*sent, {"type": "pong"})
+            assert said[:3] == [*accepted, {"type": "accepted"}]
+            return said[3:] if said[-1].get("id") == "b" else []
+
+        parts = await eventually_async(both_answers)
+        assert {part["id"]: "" for part in parts} == {"a": "", "b": ""}
+        assert "".join(part.get("body", "") for part in parts) == "of aof b"
+        assert parts[-1]["type"] in ("response", "response_end")
+        assert runs == ["a", "b"]
+
+
 @pytest.mark.parametrize("transport", ["sse", "longpoll", "websocket"])
 async def test_a_server_that_sees_an_answer_pass_does_not_wait_for_it_any_more(
     serve_realtime: Serve, http: httpx.AsyncClient, raw_stream: Stream, prefix: str, transport: str

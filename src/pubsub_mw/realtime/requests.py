@@ -105,15 +105,21 @@ class RequestGate(RequestCheck):
         user: str | None,
         handshake: Handshake,
         transport: str = "websocket",
-    ) -> Accepted:
+    ) -> list[Publication]:
         """Store a request, from wherever it came; its answer goes to the connection's own channel.
 
         If no worker begins to answer in time, this process answers 504.
 
+        Returns:
+            Its answer, if it was answered before.
+
         Raises:
-            FrameError: it is not allowed, there is no room for it, or the broker does not answer.
+            FrameError: it is not allowed, there is no room for it, or the broker does not answer; or it was answered,
+                and the answer cannot be read.
         """
-        return await self.store(self.check(frame, connection, user, handshake, transport))
+        request = self.check(frame, connection, user, handshake, transport)
+        answered_at = (await self.store(request)).answered_at
+        return [] if answered_at is None else await self.read_answer(request, answered_at)
 
     def store(self, request: Request) -> "asyncio.Future[Accepted]":
         """Have a checked request stored after those that came before it; see `accept`."""
@@ -192,7 +198,7 @@ class RequestGate(RequestCheck):
         return is_gone
 
     async def read_answer(self, request: Request, position: Position) -> list[Publication]:
-        """Return what is kept of an answer that begins at `position`: all of it, unless the last part is no end.
+        """Return the answer that begins at `position`; nothing while it goes on, because the rest is on its way.
 
         Raises:
             FrameError: it cannot be read now, or is no longer kept.
@@ -207,8 +213,8 @@ class RequestGate(RequestCheck):
             if not parts or parts[0].position != position:
                 message = "it was answered, and the answer is no longer kept"
                 raise FrameError(ErrorCode.EXPIRED, message, id=request.id)
-            if page.is_complete:
-                break
+            if page.is_complete and parts[-1].reply[0] != ".":
+                return []
             offset = page.publications[-1].position.offset
         return parts
 
@@ -327,7 +333,7 @@ class Requests:
     async def _answer_again(self, request: Request, position: Position) -> None:
         """Send the answer of a request that was answered before, unless recovery brings it, or the rest of it."""
         parts = await self._gate.read_answer(request, position)
-        if parts[-1].reply[0] == "." and request.id in self._unanswered:
+        if parts and request.id in self._unanswered:
             if not self._is_told(position, parts[-1].position):
                 for part in parts:
                     self._send_queue.put_recovered_nowait(part.frame)

@@ -1,8 +1,8 @@
 """Take the frames that a client without a WebSocket sends, and answer each at once.
 
 In:     `{"resume"?, "frames": [...]}` by POST
-Out:    `{"frames": [...]}`: for each `connected`, `accepted` or an `error`; requests into the queue, publications to
-        the broker, a fresh grant to wherever the connection's stream is
+Out:    `{"frames": [...]}`: for each `connected`, `accepted` or an `error`, then stored answers to requests that were
+        sent again; requests into the queue, publications to the broker, a fresh grant to wherever the stream is
 Owns:   nothing: who the client is comes from its token each time, so any server will do
 Never:  says `accepted` before it is true; takes what a form or a page of another origin could send
 
@@ -68,7 +68,7 @@ async def answer_frames(receive: Receive, shared: Shared, handshake: Handshake) 
         if sender.is_revoked:
             raise Refusal(401, ErrorCode.REVOKED, "the application ended this connection; connect anew")
     answers = [await sender.answer(frame) for frame in frames]
-    return b'{"frames":[%b]}' % b",".join(answers)
+    return b'{"frames":[%b]}' % b",".join(answers + sender.stored)
 
 
 class _Sender:
@@ -79,6 +79,7 @@ class _Sender:
         self._handshake = handshake
         self._transport = transport
         self._resume = resume
+        self.stored: list[bytes] = []  # frames of answers to what was answered before
         self.is_revoked = False
         self.is_void = False
 
@@ -138,7 +139,8 @@ class _Sender:
             case protocol.RequestFrame():
                 user = resume.grant.user if resume.grant is not None else None
                 self._check_fresh(resume)
-                await gate.accept(command, resume.connection, user, self._handshake, self._transport)
+                stored = await gate.accept(command, resume.connection, user, self._handshake, self._transport)
+                self.stored += [part.frame for part in stored]
                 return protocol.accepted(id=command.id)
             case protocol.Cancel():
                 if await gate.cancel(resume.connection, command.id):
