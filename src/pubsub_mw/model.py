@@ -317,7 +317,7 @@ class RequestConnection:
 
     Attributes:
         id: of the connection; give it to `exclude` to leave the sender out
-        user: who the connection's grant says it is, or None
+        user: who the connection's grant says it is; over a WebSocket else the application's `authorize`; or None
         transport: `websocket`, `sse` or `longpoll`
         message_id: the id that the client gave the request; the same when it is sent again
         delivery_count: 1, or more when a worker died while it ran this request
@@ -336,7 +336,7 @@ class Request:
 
     Attributes:
         connection: who asks
-        user: who the connection's grant says it is, or None
+        user: who the connection's grant says it is; over a WebSocket else the application's `authorize`; or None
         transport: `websocket`, `sse` or `longpoll`
         id: chosen by the client, unique on its connection
         method: in capitals

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import flask
+import httpx
 import pytest
 import redis
 from starlette.routing import Mount, Router
@@ -19,6 +20,7 @@ from pubsub_mw.realtime import Realtime
 from tests.realtime.serving import Server, Servers
 from tests.tools.clock import MS, eventually, eventually_async
 from tests.tools.raw_client import Frame, RawClient
+from tests.tools.raw_stream import RawStream
 from tests.tools.redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -49,6 +51,7 @@ class App:
         self.flask = flask.Flask("who")
         self.flask.secret_key = "the app's own key"
         self.flask.add_url_rule(PATH, view_func=self.authorize)
+        self.flask.add_url_rule("/who", view_func=self.who)
 
     def authorize(self) -> Any:
         channel, user = flask.request.args["channel"], flask.session.get("user")
@@ -61,6 +64,9 @@ class App:
         if user is None or channel.endswith("-never"):
             return "", 403
         return {"user": user, "info": {"name": f"user {user}"}} if self.names_user else {}
+
+    def who(self) -> Any:
+        return {"user": flask.request.environ["pubsub.connection"].user, "session": flask.session.get("user")}
 
     def cookie(self, user: str) -> str:
         """The session cookie that the login of `user` sets."""
@@ -179,6 +185,24 @@ async def test_the_user_whom_the_app_names_gets_what_is_sent_to_that_user(world:
     await eventually_async(arrives)
     await world.say("publish", "#user-8", "not for 7")
     assert client.messages("#user-8") == []
+
+
+async def test_whom_the_app_names_its_views_see_over_a_websocket_and_in_the_session_by_post_too(
+    world: World, http: httpx.AsyncClient, raw_stream: Callable[..., Awaitable[RawStream]]
+) -> None:
+    ask = {"type": "request", "id": "1", "method": "GET", "path": "/who"}
+    client, _ = await world.client("7")
+    await subscribe(client, "private-a")
+    await client.send(ask)
+    assert json.loads((await client.recv("response"))["body"]) == {"user": "7", "session": "7"}
+    url, headers = f"{world.a.url}/realtime", {"Cookie": world.app.cookie("7"), "Origin": world.a.url}
+    begun = await http.post(f"{url}/send", json={"frames": [{"type": "connect"}]}, headers=headers)
+    (connected,) = begun.json()["frames"]
+    resume = {"Authorization": f"Bearer {connected['resume']}"}
+    stream = await raw_stream(f"{url}/events?frames=1&channel=private-a", headers=headers | resume)
+    await stream.frame("subscribed", "private-a")
+    await http.post(f"{url}/send", json={"frames": [ask]}, headers=headers | resume)
+    assert json.loads((await stream.frame("response"))["body"]) == {"user": None, "session": "7"}
 
 
 async def test_an_app_that_names_nobody_allows_all_the_same(world: World) -> None:
