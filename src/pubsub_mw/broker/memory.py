@@ -26,7 +26,7 @@ from pubsub_mw.broker.presence import Notice, PresenceCall, Present, Roster
 from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Request
 from pubsub_mw.settings import Settings
 
-__all__ = ["AsyncMemoryBroker", "MemoryBroker", "MemoryQueue", "MemorySubscriber", "memory_broker"]
+__all__ = ["AsyncMemoryBroker", "MemoryBroker", "MemorySubscriber", "memory_broker"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -83,7 +83,7 @@ class _Known:
 
 
 class MemoryBroker:
-    """The engine: `Broker` for threads; `AsyncMemoryBroker` shows it to an event loop."""
+    """The engine: `Broker` and `RequestQueue` for threads; `AsyncMemoryBroker` shows it to an event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -245,8 +245,8 @@ class MemoryBroker:
         with self._lock:
             self.requests.withdraw(connection, request_id)
 
-    def queue(self, worker: str) -> "MemoryQueue":  # noqa: ARG002 - who is in the same process needs no name
-        return MemoryQueue(self)
+    def queue(self, worker: str) -> "MemoryBroker":  # noqa: ARG002 - who is in the same process needs no name
+        return self
 
     def take(self, limit: int, wait: float) -> list[Taken]:
         return self.requests.take(limit, wait)
@@ -262,9 +262,17 @@ class MemoryBroker:
                         known.expires = known_until
             return gone
 
-    def settle(self, done: Sequence[Taken]) -> None:
+    def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
+        self.publish(drafts)
         with self._lock:
             self.requests.settle(done)
+
+    def set_aside(self, taken: Taken) -> None:
+        """Take it out of the queue; a process that ends keeps nothing for later."""
+        self.settle([], [taken])
+
+    def leave(self) -> None:
+        """Nobody keeps a list of workers here."""
 
     def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         with self._lock:
@@ -335,36 +343,6 @@ class MemoryBroker:
         limit = time.time() - self._settings.revocation_ttl
         self._revoked = {key: value for key, value in self._revoked.items() if max(value.values()) > limit}
         self.requests.sweep(now)
-
-
-class MemoryQueue:
-    """`RequestQueue` inside one process."""
-
-    def __init__(self, broker: MemoryBroker) -> None:
-        self._broker = broker
-
-    def take(self, limit: int, wait: float) -> list[Taken]:
-        return self._broker.take(limit, wait)
-
-    def renew(self, running: Mapping[str, Request]) -> list[str]:
-        return self._broker.renew(running)
-
-    def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
-        self._broker.publish(drafts)
-        self._broker.settle(done)
-
-    def set_aside(self, taken: Taken) -> None:
-        """Take it out of the queue; a process that ends keeps nothing for later."""
-        self._broker.settle([taken])
-
-    def cancelled(self, requests: Sequence[Request]) -> list[bool]:
-        return self._broker.cancelled(requests)
-
-    def progress(self, request: Request) -> Progress:
-        return self._broker.progress(request)
-
-    def leave(self) -> None:
-        """Nobody keeps a list of workers here."""
 
 
 class MemorySubscriber:
