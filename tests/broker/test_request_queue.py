@@ -1,6 +1,7 @@
 """What the request queue promises. Every test runs against each engine."""
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -242,6 +243,51 @@ async def test_a_request_that_is_renewed_stays_with_its_worker(world: World) -> 
     assert ids(await asyncio.to_thread(eventually, renew_until_the_other_is_taken)) == ["2"]
     assert ids([left]) == ["2"]
     assert "1" in ids(await take_again(other))
+
+
+async def test_a_request_that_is_given_back_is_taken_by_another_as_if_it_were_new(
+    open_world: Callable[..., World],
+) -> None:
+    world = open_world(lease=60_000 * MS)
+    one, other = world.queue("one"), world.queue("other")
+    for number in range(4):
+        await world.accept(str(number))
+    taken = await take(one)
+    await asyncio.to_thread(one.give_back, taken[1:3])
+    again = await take_again(other)
+    assert again == [dataclasses.replace(item, age=new.age) for item, new in zip(taken[1:3], again, strict=True)]
+    assert await take(other) == await take(one) == []
+    await world.broker.close()
+
+
+async def test_a_worker_takes_all_that_it_gave_back_itself_as_fast_as_it_has_room(
+    open_world: Callable[..., World],
+) -> None:
+    world = open_world(lease=60_000 * MS)
+    queue = world.queue()
+    for number in range(4):
+        await world.accept(str(number))
+    await asyncio.to_thread(queue.give_back, await take(queue))
+    await asyncio.to_thread(queue.give_back, await take(queue))
+    await world.accept("new")
+    assert [ids(await take(queue, 1)) for _ in range(5)] == [["0"], ["1"], ["2"], ["3"], ["new"]]
+    await world.broker.close()
+
+
+async def test_what_another_worker_has_or_has_answered_cannot_be_given_back(world: World) -> None:
+    one, other = world.queue("one"), world.queue("other")
+    await world.accept("1")
+    await world.accept("2")
+    first = await take(one)
+    again = await take_again(other)
+    assert [item.delivery_count for item in again] == [2, 2]
+    await asyncio.to_thread(other.settle, [], again[:1])
+    # As one does that does not know yet.
+    await asyncio.to_thread(one.renew, {again[1].entry: request(id="2")})
+    await asyncio.to_thread(one.give_back, first)
+    assert await take(other) == []
+    (last,) = await take_again(world.queue("third"))
+    assert (last.entry, last.delivery_count) == (again[1].entry, 3)
 
 
 async def test_a_worker_that_wakes_up_learns_what_was_answered_without_it(world: World) -> None:
@@ -633,6 +679,14 @@ class Model(RuleBasedStateMachine):
             item = self.running[connection].pop(index)
             self.old.append(item)
             self.queue.settle([], [item, item] if twice else [item])
+
+    @rule(connection=st.sampled_from(["c1", "c2"]), index=st.integers(0, 1), twice=st.booleans())
+    def give_back(self, connection: str, index: int, twice: bool) -> None:
+        if len(self.running[connection]) > index:
+            item = self.running[connection].pop(index)
+            self.waiting[connection].append(decode_request(item.payload, KEY).id)
+            self.waiting[connection].sort(key=int)
+            self.queue.give_back([item, item] if twice else [item])
 
     @rule(index=st.integers(0, 50))
     def settle_what_is_settled(self, index: int) -> None:

@@ -278,6 +278,56 @@ def test_a_header_that_cannot_be_sent_ends_neither_the_worker_nor_the_request(ru
     assert not running.errors
 
 
+# Sharing with other workers.
+
+
+def test_while_all_threads_are_busy_for_long_another_worker_runs_what_comes(run: Run, gate: Gate) -> None:
+    app = App(gate)
+    stuck = run(app, threads=2, lease=60_000 * MS)
+    stuck.send(*numbered(40))
+    stuck.answers(40)  # so fast that the worker takes more than it has threads
+    stuck.send(*(request(id=f"slow{number}", path="/gate") for number in range(2)))
+    gate.wait()
+    gate.wait()
+    stuck.send(*(request(id=f"early{number}") for number in range(30)))
+    other = run(app, lease=60_000 * MS)
+    other.answers(70)
+    other.send(*(request(id=f"late{number}") for number in range(30)))
+    other.answers(100)
+    gate.opened.set()
+    other.answers(102)
+    eventually(other.is_idle)
+    assert len(app.runs) == 102
+    assert {count for _, count in app.runs} == {1}
+
+
+def test_a_worker_whose_threads_are_busy_for_long_takes_no_more(run: Run, gate: Gate) -> None:
+    running = run(App(gate), threads=2)
+    running.send(*numbered(40))
+    running.answers(40)
+    running.send(request(id="slow0", path="/gate"), request(id="slow1", path="/gate"))
+    gate.wait()
+    gate.wait()
+    assert running.worker._seconds_per_request < 0.02
+    eventually(lambda: running.worker._ahead() == 0)
+    gate.opened.set()
+    running.answers(42)
+
+
+def test_a_worker_that_is_alone_runs_what_it_gave_back_as_soon_as_it_can(run: Run, gate: Gate) -> None:
+    app = App(gate)
+    running = run(app, threads=1, lease=60_000 * MS)
+    running.send(*numbered(40))
+    running.answers(40)
+    running.send(request(id="slow", path="/gate"), *(request(id=f"behind{number}") for number in range(20)))
+    gate.wait()
+    eventually(lambda: [job.request.id for job in running.worker._running.values()] == ["slow"])
+    gate.opened.set()
+    running.answers(61)
+    assert app.runs[-20:] == [(f"behind{number}", 1) for number in range(20)]
+    assert len(app.runs) == 61
+
+
 # What is not run.
 
 
@@ -330,7 +380,8 @@ def test_a_request_that_was_taken_ahead_and_waited_too_long_is_not_run(run: Run,
     running.answers(40)  # so fast that the worker takes more than it has threads
     running.send(request(id="slow", path="/gate"), request(id="behind"))
     gate.wait()
-    frames = {frame["id"]: frame for frame in running.answers(42)}
+    running.thread.join(5000 * MS)  # its only thread hangs, and so it ends
+    frames = {frame["id"]: frame for frame in run(app, request_timeout=500 * MS).answers(42)}
     assert (frames["slow"]["status"], frames["behind"]["status"]) == (504, 504)
     assert ("behind", 1) not in app.runs
 

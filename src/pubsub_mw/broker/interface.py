@@ -127,7 +127,7 @@ class RequestQueue(Protocol):
     def take(self, limit: int, wait: float) -> list[Taken]:
         """Take up to `limit` requests, waiting up to `wait` seconds for the first.
 
-        Those come first that another worker took and has not renewed for `lease` seconds.
+        Those come first that were given back, or that a worker took and has not renewed for `lease` seconds.
         """
 
     def renew(self, running: Mapping[str, Request]) -> list[str]:
@@ -136,6 +136,12 @@ class RequestQueue(Protocol):
 
         Returns:
             Entries that are not in the queue any more: another worker answered them.
+        """
+
+    def give_back(self, taken: Sequence[Taken]) -> None:
+        """Let other workers take these soon, which this one has not begun; that it took them is not counted.
+
+        What another worker has taken meanwhile stays with that one.
         """
 
     def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:

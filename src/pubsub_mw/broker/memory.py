@@ -262,6 +262,10 @@ class MemoryBroker:
                         known.expires = known_until
             return gone
 
+    def give_back(self, taken: Sequence[Taken]) -> None:
+        with self._lock:
+            self.requests.give_back(taken)
+
     def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
         self.publish(drafts)
         with self._lock:

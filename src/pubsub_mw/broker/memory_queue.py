@@ -130,6 +130,14 @@ class MemoryRequests:
                 self._claims[request.connection, request.id] = now + self._settings.claim_ttl
         return [entry for entry in running if entry not in self.stored]
 
+    def give_back(self, taken: Iterable[Taken]) -> None:
+        for item in taken:
+            request = self.stored.get(item.entry)
+            if request is not None and request.deliveries == item.delivery_count:
+                request.taken_until = 0.0
+                request.deliveries -= 1
+                self._arrived.notify()
+
     def settle(self, done: Iterable[Taken]) -> None:
         for taken in done:
             self.stored.pop(taken.entry, None)

@@ -3,8 +3,7 @@
 In:     signed requests from the broker's queue
 Out:    answers, to the outbox
 Owns:   the threads: one takes, `threads` run the app, one publishes answers, one renews leases and watches the time
-Never:  takes more than it can begin soon, because what waits here another worker could run; runs a request that is
-        past its deadline
+Never:  keeps what it cannot begin soon, because another worker could run it; runs a request that is past its deadline
 
 A request is run *at least once*: again if its worker died, with `delivery_count` above 1. Whatever is published for
 it carries an idempotency key, so its client sees one answer.
@@ -47,6 +46,8 @@ _WAIT_SECONDS = 0.25
 _AHEAD_SECONDS = 0.05
 """How much work is taken ahead of the threads, by the time that requests took lately."""
 _MOST_AHEAD = 256
+_GIVE_BACK_SECONDS = 0.25
+"""After which a request that was taken ahead and waits for a thread all the same is left to other workers."""
 _FIRST_GUESS_SECONDS = 1.0
 """How long a request takes, before one was run: nothing is taken ahead then."""
 _PACE_SECONDS = 0.02
@@ -195,9 +196,8 @@ class Worker:
     # Taking.
 
     def _take(self) -> None:
-        ahead = min(_MOST_AHEAD, int(_AHEAD_SECONDS / self._seconds_per_request) * self._threads)
         with self._room:
-            free = self._threads + ahead - len(self._running)
+            free = self._threads + self._ahead() - len(self._running)
             if free <= 0:
                 self._room.wait(_WAIT_SECONDS)
                 return
@@ -210,6 +210,12 @@ class Worker:
         for item in taken:
             if item.entry not in self._running:  # else its lease ran out while the broker was away; it still runs here
                 self._begin(item)
+
+    def _ahead(self) -> int:
+        """Return how many to take that no thread is free for. For a thread that is in a long request, none."""
+        long_ago = time.monotonic() - _AHEAD_SECONDS
+        stuck = sum(0.0 < job.began_at < long_ago and not job.is_over for job in self._running.values())
+        return max(0, min(_MOST_AHEAD, int(_AHEAD_SECONDS / self._seconds_per_request) * (self._threads - stuck)))
 
     def _begin(self, taken: Taken) -> None:
         """Check a request and hand it to the threads; what cannot be run is answered or set aside here."""
@@ -241,6 +247,7 @@ class Worker:
             return
         self._running[taken.entry] = job
         if age > self.settings.request_timeout:
+            job.is_over = True
             job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
         elif self._loop is not None and self._is_asgi:
             job.task = asyncio.run_coroutine_threadsafe(self._run_asgi(job), self._loop)
@@ -285,7 +292,10 @@ class Worker:
             await asyncio.sleep(_PACE_SECONDS)
 
     def _may_begin(self, job: Job) -> bool:
-        job.began_at = time.monotonic()
+        with self._room:
+            if job.is_answered:
+                return False  # it is another worker's by now
+            job.began_at = time.monotonic()
         if job.began_at > job.deadline:
             job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
         elif not job.is_wanted:
@@ -310,15 +320,18 @@ class Worker:
     # Watching.
 
     def _watch(self) -> None:
-        """Renew leases, note cancellations, answer 504 for views that hang."""
+        """Give back what waits too long, renew leases, note cancellations, answer 504 for views that hang."""
         renew_at = 0.0
         while not self._is_closed.wait(_WATCH_SECONDS):
+            late = self._drop_late()
             jobs = list(self._running.values())
             now = time.monotonic()
             try:
+                self._queue.give_back([job.taken for job in late])
                 if now >= renew_at:
                     renew_at = now + self.settings.lease / 3
-                    self._drop(self._queue.renew({job.taken.entry: job.request for job in jobs}))
+                    gone = self._queue.renew({job.taken.entry: job.request for job in jobs})
+                    self._drop([job for job in map(self._running.get, gone) if job is not None])
                 for job, is_cancelled in zip(jobs, self._queue.cancelled([job.request for job in jobs]), strict=True):
                     job.is_wanted = job.is_wanted and not is_cancelled
             except BrokerUnavailable as error:
@@ -328,12 +341,22 @@ class Worker:
                 if job.began_at and not job.is_started and now - job.began_at > self.settings.request_timeout:
                     self._give_up(job)
 
-    def _drop(self, entries: Sequence[str]) -> None:
-        """Publish no more for requests that another worker has answered, after this one seemed dead."""
-        dropped = [job for job in map(self._running.get, entries) if job is not None]
-        for job in dropped:
+    def _drop_late(self) -> list[Job]:
+        """Return what waits for a thread for too long; from here on it is not begun."""
+        long_ago = time.monotonic() - _GIVE_BACK_SECONDS
+        with self._room:
+            jobs = self._running.values()
+            late = [job for job in jobs if job.taken_at < long_ago and not job.began_at and not job.is_over]
+            self._drop(late)
+        return late
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        """Publish no more for requests that are another worker's: it has answered after this one seemed dead, or
+        it is to begin them.
+        """
+        for job in jobs:
             job.is_wanted, job.is_answered = False, True
-        self._forget(dropped)
+        self._forget(jobs)
 
     def _give_up(self, job: Job) -> None:
         with self._room:

@@ -40,12 +40,13 @@ class Job:
     Attributes:
         taken: as it came from the queue
         request: what the application is asked
-        deadline: after which it is not begun any more, by the monotonic clock
+        taken_at: when it came, by the monotonic clock
+        deadline: after which it is not begun any more, by that clock
         began_at: when the application was called; 0.0 = not yet
-        is_wanted: false when the client cancelled it, or another worker has it
+        is_wanted: false when the client cancelled it, or it is another worker's
         is_started: a part of its answer was published, or is about to be
         is_answered: nothing more is to be published
-        is_over: the application has returned
+        is_over: the application has returned, or is not asked
         is_given_up: it took too long
     """
 
@@ -61,6 +62,7 @@ class Job:
         "is_wanted",
         "request",
         "taken",
+        "taken_at",
         "task",
     )
 
@@ -69,6 +71,7 @@ class Job:
         self.taken = taken
         self.request = request
         self.answer = answer
+        self.taken_at = time.monotonic()
         self.deadline = deadline
         self.began_at = 0.0
         self.is_wanted = True

@@ -72,6 +72,8 @@ class RedisQueue:
             now, found, lanes = self._link.run(lambda _: [("TIME",), reclaim, sweep])
             while lanes >= _LANES_PER_CALL:
                 (lanes,) = self._link.run(lambda _: [sweep])
+            if len(found) == limit:
+                self._reclaim_at = 0.0  # there may be more, and they are the oldest
             if found:
                 at = _milliseconds(now)
                 return [_taken(entry, fields, at, int(count)) for entry, count, fields in found]
@@ -97,6 +99,12 @@ class RedisQueue:
             calls += [("PEXPIRE", key, self._claim_ttl) for key in self._keyspace.lane(request.connection)]
         held = set(self._link.run(lambda _: calls)[0])
         return [entry for entry in running if entry.encode() not in held]
+
+    def give_back(self, taken: Sequence[Taken]) -> None:
+        """Let others take what was not begun; see `RequestQueue.give_back`."""
+        if taken:
+            self._link.run(lambda _: [self._scripts.give_back(_GROUP, self._worker, self._settings.lease, taken)])
+            self._reclaim_at = 0.0  # if nobody else is there to take it, this worker need not wait
 
     def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
         """Publish, then take out of the queue; see `RequestQueue.settle`."""

@@ -60,6 +60,7 @@ _SETTLE = _load("lanes.lua", "settle.lua")
 _SWEEP = _load("lanes.lua", "sweep.lua")
 _CANCEL = _load("lanes.lua", "cancel.lua")
 _RECLAIM = _load("reclaim.lua")
+_GIVE_BACK = _load("give_back.lua")
 _CONNECTION_BEGIN = _load("connection_begin.lua")
 _CONNECTION_END = _load("connection_end.lua")
 _SERVER_LEASE = _load("server_lease.lua")
@@ -149,6 +150,10 @@ class Scripts:
 
     def reclaim(self, group: str, worker: str, lease: float, limit: int) -> Call:
         return Call(*_RECLAIM, (self.keyspace.requests,), (group, worker, _milliseconds(lease), str(limit)))
+
+    def give_back(self, group: str, worker: str, lease: float, taken: Sequence[Taken]) -> Call:
+        held = [part for item in taken for part in (item.entry, str(item.delivery_count))]
+        return Call(*_GIVE_BACK, (self.keyspace.requests,), (group, worker, _milliseconds(lease), *held))
 
     def connection_begin(
         self, connection: ConnectionId, server: str, begin: bytes, end: bytes, *, takes_over: bool
