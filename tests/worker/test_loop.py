@@ -419,11 +419,25 @@ def test_a_request_that_was_cancelled_before_a_thread_was_free_is_not_run(run: R
     running.send(request(id="slow", path="/gate"), request(id="behind"))
     gate.wait()
     running.cancel(request(id="behind"))
-    job_is_unwanted = lambda: any(not job.is_wanted for job in list(running.worker._running.values()))  # noqa: E731
-    eventually(job_is_unwanted)
+    sent_at = time.monotonic()
+    eventually(lambda: len(running.worker._running) == 1 and time.monotonic() > sent_at + 0.3)  # it was given back
     gate.opened.set()
     running.answers(42)
     assert ("behind", 1) not in app.runs
+
+
+def test_a_request_that_was_cancelled_before_a_worker_took_it_is_not_run(run: Run) -> None:
+    app = App(hello)
+    running = run(app)
+    running.stop()
+    running.send(*numbered(3))
+    running.cancel(request(id="1"))
+    sent_at = time.monotonic()
+    eventually(lambda: time.monotonic() > sent_at + 0.3)  # such as is longer than the worker's looks are apart
+    again = run(app)
+    again.answers(3)
+    eventually(again.is_idle)
+    assert sorted(app.runs) == [("0", 1), ("2", 1)]
 
 
 # Hanging.

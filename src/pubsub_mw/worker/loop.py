@@ -10,6 +10,7 @@ it carries an idempotency key, so its client sees one answer.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
@@ -207,9 +208,15 @@ class Worker:
             log.warning("no requests taken: %s", error)
             self._is_stopping.wait(_RETRY_SECONDS)
             return
-        for item in taken:
-            if item.entry not in self._running:  # else its lease ran out while the broker was away; it still runs here
-                self._begin(item)
+        # What is in `_running` still runs here: its lease ran out while the broker was away.
+        jobs = [job for item in taken if item.entry not in self._running and (job := self._check(item)) is not None]
+        with contextlib.suppress(BrokerUnavailable):  # the watch asks again
+            self._note_cancelled([job for job in jobs if job.taken.age > _WATCH_SECONDS])
+        for job in jobs:
+            if self._loop is not None and self._is_asgi:
+                job.task = asyncio.run_coroutine_threadsafe(self._run_asgi(job), self._loop)
+            else:
+                self._inbox.put(job)
 
     def _ahead(self) -> int:
         """Return how many to take that no thread is free for. For a thread that is in a long request, none."""
@@ -217,24 +224,24 @@ class Worker:
         stuck = sum(0.0 < job.began_at < long_ago and not job.is_over for job in self._running.values())
         return max(0, min(_MOST_AHEAD, int(_AHEAD_SECONDS / self._seconds_per_request) * (self._threads - stuck)))
 
-    def _begin(self, taken: Taken) -> None:
-        """Check a request and hand it to the threads; what cannot be run is answered or set aside here."""
+    def _check(self, taken: Taken) -> Job | None:
+        """Return what is to be run; what cannot be is answered or set aside here."""
         try:
             request = decode_request(taken.payload, self._key)
         except (ValueError, KeyError, TypeError) as error:
             log.error("set aside a request that is not ours: %s", error)
             self._set_aside(taken)
-            return
+            return None
         progress = Progress.NOTHING
         if taken.delivery_count > 1:
             try:
                 progress = self._queue.progress(request)
                 if progress is Progress.COMPLETE:  # all that its worker did not come to is to say so
                     self._queue.settle([], [taken])
-                    return
+                    return None
             except BrokerUnavailable as error:
                 log.warning("%s %s is left to another worker: %s", request.method, request.path, error)
-                return
+                return None
         answer = Answer(request, self.settings, has_begun=progress is Progress.BEGUN)
         age = 0.0 if request.reply_to == LIFECYCLE_CHANNEL else taken.age
         deadline = time.monotonic() + self.settings.request_timeout - age
@@ -244,15 +251,13 @@ class Worker:
             log.error("set aside %s %s: its workers died %d times", request.method, request.path, count)
             job.refuse(HTTPStatus.INTERNAL_SERVER_ERROR)
             self._set_aside(taken)
-            return
+            return None
         self._running[taken.entry] = job
-        if age > self.settings.request_timeout:
-            job.is_over = True
-            job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
-        elif self._loop is not None and self._is_asgi:
-            job.task = asyncio.run_coroutine_threadsafe(self._run_asgi(job), self._loop)
-        else:
-            self._inbox.put(job)
+        if age <= self.settings.request_timeout:
+            return job
+        job.is_over = True
+        job.refuse(HTTPStatus.GATEWAY_TIMEOUT)
+        return None
 
     def _set_aside(self, taken: Taken) -> None:
         try:
@@ -332,14 +337,17 @@ class Worker:
                     renew_at = now + self.settings.lease / 3
                     gone = self._queue.renew({job.taken.entry: job.request for job in jobs})
                     self._drop([job for job in map(self._running.get, gone) if job is not None])
-                for job, is_cancelled in zip(jobs, self._queue.cancelled([job.request for job in jobs]), strict=True):
-                    job.is_wanted = job.is_wanted and not is_cancelled
+                self._note_cancelled(jobs)
             except BrokerUnavailable as error:
                 log.warning("leases not renewed: %s", error)
                 renew_at = 0.0
             for job in jobs:
                 if job.began_at and not job.is_started and now - job.began_at > self.settings.request_timeout:
                     self._give_up(job)
+
+    def _note_cancelled(self, jobs: Sequence[Job]) -> None:
+        for job, is_cancelled in zip(jobs, self._queue.cancelled([job.request for job in jobs]), strict=True):
+            job.is_wanted = job.is_wanted and not is_cancelled
 
     def _drop_late(self) -> list[Job]:
         """Return what waits for a thread for too long; from here on it is not begun."""
