@@ -411,6 +411,24 @@ def test_a_flask_app_is_served(together: Together, prefix: str) -> None:
     assert data_in(prefix) == [{"text": "hi"}, {"text": "hé"}]
 
 
+@pytest.mark.parametrize("chunks", [[], [b"a", b"bc"], [b"x" * 1_000] * 200])
+def test_a_body_that_comes_in_chunks_reaches_a_flask_app(together: Together, chunks: list[bytes]) -> None:
+    import flask
+
+    app = flask.Flask(__name__)
+
+    @app.post("/")
+    def take() -> dict[str, Any]:
+        environ = flask.request.environ
+        body = flask.request.get_data(as_text=True)
+        return {"body": body, "length": environ["CONTENT_LENGTH"], "is_chunked": "HTTP_TRANSFER_ENCODING" in environ}
+
+    with serving(together(app)) as address:
+        answer = httpx.post(f"http://{address}/", content=iter(chunks))
+    body = b"".join(chunks)
+    assert answer.json() == {"body": body.decode(), "length": str(len(body)), "is_chunked": False}
+
+
 def test_a_websocket_elsewhere_is_refused(together: Together) -> None:
     with serving(together(wsgi_function)) as address:
         with pytest.raises(InvalidStatus) as caught:

@@ -233,10 +233,15 @@ class _WsgiRequest(WsgiToAsgiInstance):
     def build_environ(self, scope: Scope, body: Any) -> "WSGIEnvironment":
         # A name with an underscore would pass for one with a dash (CVE-2026-3902), and several cookie headers
         # (RFC 9113 8.2.3) are joined by a semicolon, not by a comma.
-        headers = [(name, value) for name, value in scope["headers"] if b"_" not in name and name != b"cookie"]
+        changed = (b"cookie", b"transfer-encoding")
+        headers = [(name, value) for name, value in scope["headers"] if b"_" not in name and name not in changed]
         cookies = [value for name, value in scope["headers"] if name == b"cookie"]
         if cookies:
             headers.append((b"cookie", b"; ".join(cookies)))
+        if all(name != b"content-length" for name, _ in headers):
+            # It came in chunks, which are put together by now. A WSGI app reads no further than the length it is told.
+            headers.append((b"content-length", str(body.seek(0, os.SEEK_END)).encode()))
+            body.seek(0)
         self.scope = {**scope, "headers": headers}
         return cast("WSGIEnvironment", super().build_environ(self.scope, body))  # type: ignore[no-untyped-call]
 
