@@ -58,11 +58,29 @@ async def application(scope, receive, send):
 """
 
 
+TOGETHER = """
+from asgi_site import application
+from pubsub_mw.asgi import with_realtime
+
+async def told(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        print("started the app inside", flush=True)
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+    await application(scope, receive, send)
+
+app = with_realtime(told)
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where somebody's two apps are."""
+    """Where somebody's apps are."""
     (tmp_path / "wsgi_site.py").write_text(WSGI)
     (tmp_path / "asgi_site.py").write_text(ASGI)
+    (tmp_path / "together_site.py").write_text(TOGETHER)
     return tmp_path
 
 
@@ -551,6 +569,22 @@ def test_a_worker_says_when_nothing_can_come(folder: Path, redis_server: RedisSe
     idle.wait_for_log("PUBSUB_REQUESTS is not set")
     busy.wait_for_log("takes requests", 15_000 * MS)
     assert "PUBSUB_REQUESTS" not in busy.log
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("app", ["asgi_site", "together_site:app"])
+async def test_a_worker_runs_an_asgi_app_as_serve_does_and_nothing_beside_it(
+    app: str, folder: Path, redis_server: RedisServer, prefix: str, processes: Processes, raw_client: OpenClient
+) -> None:
+    env = {"PUBSUB_URL": redis_server.url, "PUBSUB_PREFIX": prefix, "PUBSUB_SECRET": SECRET, "PUBSUB_REQUESTS": "/*"}
+    worker = processes.pubsub_mw("worker", app, env=env, cwd=folder)
+    client = await listening(raw_client, processes.pubsub_mw("realtime", env=env))
+    await client.send({"type": "request", "id": "1", "method": "GET", "path": "/"})
+
+    assert (await client.recv("response", timeout=15_000 * MS))["body"] == "version 1"
+    assert (await client.recv("message"))["data"] == "from the view"
+    assert worker.log.count("takes requests") == 1
+    assert worker.log.count("started the app inside") == (app != "asgi_site")
 
 
 def test_the_doctors_cure_for_a_user_is_enough(other_redis: RedisServer) -> None:

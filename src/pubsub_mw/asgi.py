@@ -35,7 +35,7 @@ from pubsub_mw.worker import Worker
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
 
-__all__ = ["AsyncRequestPublisher", "app", "with_realtime"]  # noqa: F822 - app: see __getattr__
+__all__ = ["AsyncRequestPublisher", "app", "for_worker", "with_realtime"]  # noqa: F822 - app: see __getattr__
 
 log = logging.getLogger("pubsub_mw")
 
@@ -66,18 +66,22 @@ def with_realtime(app: "ASGIApp | WSGIApplication", *, url: str | None = None, *
         raise TypeError(f"{app!r:.100} is neither a WSGI nor an ASGI app: it cannot be called")
     if "requests" not in settings and not os.environ.get("PUBSUB_REQUESTS"):
         settings["requests"] = "/*"  # the app is exposed here anyway
-    realtime = Realtime(url, **settings)
+    realtime, threads = Realtime(url, **settings), _WORKER_THREADS
     if is_asgi(app):
-        asgi_app = _AsyncPubSub(cast(ASGIApp, app), url, **settings)
-        return _WithRealtime(
-            realtime, asgi_app, lambda: Worker(asgi_app, url, is_asgi=True, threads=_THREADS, **settings)
-        )
-    wsgi_app = cast("WSGIApplication", app)
-    if not isinstance(app, PubSub):
-        wsgi_app = PubSub(wsgi_app, url, **settings)
-    return _WithRealtime(
-        realtime, _WsgiApp(wsgi_app), lambda: Worker(wsgi_app, url, threads=_WORKER_THREADS, **settings)
-    )
+        app, threads = _AsyncPubSub(cast(ASGIApp, app), url, **settings), _THREADS
+    elif not isinstance(app, PubSub):
+        app = PubSub(cast("WSGIApplication", app), url, **settings)
+    return _WithRealtime(realtime, app, lambda: Worker(app, url, threads=threads, **settings))
+
+
+def for_worker(app: "ASGIApp | WSGIApplication") -> "ASGIApp | WSGIApplication":
+    """Return `app` as a worker process runs it: an ASGI app finds the same in its scope as under `with_realtime`.
+
+    Of what `with_realtime` returned it is the app inside: a worker process has one worker, and no endpoint.
+    """
+    if isinstance(app, _WithRealtime):
+        return app.inner
+    return _AsyncPubSub(cast(ASGIApp, app), None) if is_asgi(app) else app
 
 
 def __getattr__(name: str) -> Any:
@@ -100,14 +104,17 @@ _WORKER_THREADS = 8
 class _WithRealtime:
     """The two apps side by side."""
 
-    def __init__(self, realtime: Realtime, app: ASGIApp, new_worker: Callable[[], Worker] | None) -> None:
+    def __init__(
+        self, realtime: Realtime, inner: "ASGIApp | WSGIApplication", new_worker: Callable[[], Worker] | None
+    ) -> None:
         self.realtime = realtime
-        self._app = app
+        self.inner = inner
+        self._app = cast(ASGIApp, inner) if is_asgi(inner) else _WsgiApp(cast("WSGIApplication", inner))
         self._new_worker = new_worker
         self._worker = new_worker() if new_worker is not None else None
         self._is_stopping = False
         self._worker_thread: threading.Thread | None = None
-        self._router = Router(routes=[Mount(MOUNT, realtime)], default=app, redirect_slashes=False)
+        self._router = Router(routes=[Mount(MOUNT, realtime)], default=self._app, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._start_worker(scope.get("state", {}))

@@ -31,8 +31,8 @@ from uvicorn.config import LOGGING_CONFIG
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
 from pubsub_mw import __version__
-from pubsub_mw.apps import is_asgi, load_app
-from pubsub_mw.asgi import with_realtime
+from pubsub_mw.apps import load_app
+from pubsub_mw.asgi import for_worker, with_realtime
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.client import Connection, Gap, connect
 from pubsub_mw.errors import PubSubError
@@ -202,8 +202,7 @@ def worker(app: str, url: str | None, processes: int, threads: int, reload: bool
 def _work(app: str, threads: int) -> None:
     """Be one worker process."""
     logging.config.dictConfig(_log_config())
-    found = load_app(app)
-    run_until_signal(Worker(found, is_asgi=is_asgi(found), threads=threads))
+    run_until_signal(Worker(for_worker(load_app(app)), threads=threads))
 
 
 @main.command()

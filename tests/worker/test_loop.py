@@ -109,10 +109,10 @@ def run(url: str, prefix: str) -> Iterator[Run]:
     """Run a worker on `app`; it ends with the test, which fails if the worker does not end by itself."""
     with contextlib.ExitStack() as stack:
 
-        def start(app: Any, *, threads: int = 2, is_asgi: bool = False, **settings: Any) -> Running:
+        def start(app: Any, *, threads: int = 2, **settings: Any) -> Running:
             values: dict[str, Any] = {"secret": SECRET, "prefix": prefix, "lease": 300 * MS, "drain": 3000 * MS}
             values |= settings
-            worker = Worker(app, url, threads=threads, is_asgi=is_asgi, **values)
+            worker = Worker(app, url, threads=threads, **values)
 
             def work() -> None:
                 try:
@@ -634,7 +634,7 @@ def test_an_asgi_app_is_started_run_and_stopped(run: Run) -> None:
         text = f"{scope['state']['pool']} {scope['pubsub.connection'].message_id}"
         await send({"type": "http.response.body", "body": text.encode()})
 
-    running = run(asgi_app(view), is_asgi=True)
+    running = run(asgi_app(view))
     running.send(*numbered(20))
     frames = running.answers(20)
     assert {frame["body"] for frame in frames} == {f"open {number}" for number in range(20)}
@@ -650,7 +650,7 @@ def test_an_asgi_view_that_hangs_is_answered_504_and_cancelled(run: Run) -> None
         finally:
             ended.set()
 
-    running = run(asgi_app(view), is_asgi=True, threads=1, request_timeout=300 * MS)
+    running = run(asgi_app(view), threads=1, request_timeout=300 * MS)
     running.send(*numbered(2))
     frames = running.answers(2)
     assert [frame["status"] for frame in frames] == [504, 504]
@@ -669,7 +669,7 @@ def test_an_asgi_stream_that_is_cancelled_ends(run: Run) -> None:
         finally:
             ended.set()
 
-    running = run(asgi_app(view), is_asgi=True)
+    running = run(asgi_app(view))
     running.send(request())
     eventually(running.frames)
     running.cancel(request())

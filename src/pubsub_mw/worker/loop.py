@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
+from pubsub_mw import apps
 from pubsub_mw.broker.codec import decode_request
 from pubsub_mw.broker.engines import open_broker
 from pubsub_mw.broker.interface import Progress, Taken
@@ -64,7 +65,7 @@ class Worker:
     Args:
         app: a WSGI or ASGI app
         url: the broker; None = `PUBSUB_URL`, else `memory://`
-        is_asgi: which of the two `app` is
+        is_asgi: which of the two `app` is; None = told apart by its signature
         threads: requests run at once
         settings: any field of `Settings`
 
@@ -77,14 +78,14 @@ class Worker:
         app: "WSGIApplication | ASGIApp",
         url: str | None = None,
         *,
-        is_asgi: bool = False,
+        is_asgi: bool | None = None,
         threads: int = 4,
         **settings: Any,
     ) -> None:
         self.settings = Settings.build(url, **settings)
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._app = app
-        self._is_asgi = is_asgi
+        self._is_asgi = apps.is_asgi(app) if is_asgi is None else is_asgi
         self._threads = threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._state: dict[str, Any] = {}
