@@ -29,7 +29,16 @@ SERVER: list[Frame] = GOLDEN["frames"]["server"]
 NAMED_ALIKE = {"ping": "PING", "message": "message_head"} | {
     kind: f"{kind}_head" for kind in ("response", "response_start", "response_chunk", "response_end")
 }
-NOT_OF_A_FRAME = {"decode_command", "message_tail", "head_of", "position_of", "read_command", "split_message"}
+NOT_OF_A_FRAME = {
+    "decode_body",
+    "decode_command",
+    "encode_body",
+    "head_of",
+    "message_tail",
+    "position_of",
+    "read_command",
+    "split_message",
+}
 READ_TOGETHER = {"encoding": "body"}
 """Fields that are read into one value."""
 

@@ -78,8 +78,10 @@ __all__ = [
     "Unsubscribe",
     "accepted",
     "connected",
+    "decode_body",
     "decode_command",
     "disconnect",
+    "encode_body",
     "error",
     "gap",
     "head_of",
@@ -390,7 +392,7 @@ def position_of(frame: bytes) -> str:
 
 def response_head(request_id: str, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
     """Return a `response` frame up to its position."""
-    start = {"type": "response", "id": request_id, "status": status, "headers": headers, **_body(body)}
+    start = {"type": "response", "id": request_id, "status": status, "headers": headers, **encode_body(body)}
     return head_of(start)
 
 
@@ -399,7 +401,7 @@ def response_start_head(request_id: str, status: int, headers: Mapping[str, str]
 
 
 def response_chunk_head(request_id: str, body: bytes) -> bytes:
-    return head_of({"type": "response_chunk", "id": request_id, **_body(body)})
+    return head_of({"type": "response_chunk", "id": request_id, **encode_body(body)})
 
 
 def response_end_head(request_id: str, problem: str | None) -> bytes:
@@ -414,11 +416,18 @@ def head_of(frame: Mapping[str, object]) -> bytes:
     return orjson.dumps(frame)[:-1] + b',"position":"'
 
 
-def _body(body: bytes) -> dict[str, str]:
+def encode_body(body: bytes) -> dict[str, str]:
+    """Return what a frame says of a body: `body`, and `encoding` where it is no text."""
     try:
         return {"body": body.decode()}
     except UnicodeDecodeError:
         return {"body": base64.b64encode(body).decode(), "encoding": "base64"}
+
+
+def decode_body(frame: Mapping[str, Any]) -> bytes:
+    """Return the body of a frame that a server made."""
+    body: str = frame["body"]
+    return base64.b64decode(body) if frame.get("encoding") == "base64" else body.encode()
 
 
 def gap(channel: str, position: Position, reason: str) -> bytes:

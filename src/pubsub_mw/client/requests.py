@@ -8,7 +8,6 @@ Never:  takes a part of an answer twice; sends again what began to be answered, 
 """
 
 import asyncio
-import base64
 import json
 import string
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from websockets.datastructures import Headers
 
 from pubsub_mw.client.arrivals import Arrivals
 from pubsub_mw.errors import ErrorCode, RequestFailed, RequestTimeout
+from pubsub_mw.protocol import decode_body, encode_body
 
 __all__ = ["Params", "Requests", "Response", "build_request", "is_newer"]
 
@@ -189,7 +189,7 @@ class Requests:
             pending.answered.set_result(pending.response)
         if pending.response is not None:
             if frame.get("body"):
-                await pending.response._arrivals.put(_decoded(frame))
+                await pending.response._arrivals.put(decode_body(frame))
             if kind in ("response", "response_end"):
                 problem = frame.get("error")
                 self._finish(request_id, problem and RequestFailed("broken_off", problem))
@@ -264,7 +264,7 @@ def build_request(
         "headers": fields,
     }
     if body is not None:
-        frame |= _encoded(body.encode() if isinstance(body, str) else body)
+        frame |= encode_body(body.encode() if isinstance(body, str) else body)
     size_bytes = len(json.dumps(frame).encode()) + 100  # its id comes yet
     if size_bytes > max_bytes:
         raise RequestFailed(
@@ -278,15 +278,3 @@ def is_newer(position: str, than: str | None) -> bool:
     epoch, _, rest = position.partition(".")
     last_epoch, _, last_rest = (than or "").partition(".")
     return epoch != last_epoch or int(rest.partition(".")[0]) > int(last_rest.partition(".")[0])
-
-
-def _encoded(body: bytes) -> dict[str, str]:
-    try:
-        return {"body": body.decode()}
-    except UnicodeDecodeError:
-        return {"body": base64.b64encode(body).decode(), "encoding": "base64"}
-
-
-def _decoded(frame: Frame) -> bytes:
-    body: str = frame["body"]
-    return base64.b64decode(body) if frame.get("encoding") == "base64" else body.encode()
