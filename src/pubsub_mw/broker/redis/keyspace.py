@@ -68,19 +68,13 @@ class Keyspace:
         return f"{stem}:running", f"{stem}:waiting"
 
     @property
-    def owners(self) -> str:
-        """Hash: connection -> the server that holds it. Kept for the lifecycle reports."""
-        return f"{self.prefix}:{{requests}}:owners"
-
-    @property
-    def held_by(self) -> str:
-        """Prefix, with a server's name after it. Hash: connection -> the report of its end."""
-        return f"{self.prefix}:{{requests}}:held:"
-
-    @property
-    def leases(self) -> str:
-        """Sorted set: server -> until when it is taken to live."""
-        return f"{self.prefix}:{{requests}}:leases"
+    def reports(self) -> tuple[str, str, str, str]:
+        """What the lifecycle reports need: requests; hash connection -> the server that holds it; prefix, with a
+        server's name after it, of hashes connection -> the report of its end; sorted set server -> until when it is
+        taken to live.
+        """
+        stem = f"{self.prefix}:{{requests}}:"
+        return self.requests, f"{stem}owners", f"{stem}held:", f"{stem}leases"
 
     @property
     def dead(self) -> str:

@@ -134,10 +134,8 @@ class Scripts:
         return Call(*_ACCEPT, keys, (self._claim_ttl, offer.payload, offer.request_id, lane, *limits))
 
     def settle(self, group: str, done: Sequence[Taken]) -> Call:
-        arguments = [self._claim_ttl, group]
-        for taken in done:
-            arguments += (taken.entry, taken.lane)
-        return Call(*_SETTLE, self.keyspace.lanes, tuple(arguments))
+        held = [part for taken in done for part in (taken.entry, taken.lane)]
+        return Call(*_SETTLE, self.keyspace.lanes, (self._claim_ttl, group, *held))
 
     def sweep(self, interval: float, most: int) -> Call:
         return Call(*_SWEEP, self.keyspace.lanes, (self._claim_ttl, _milliseconds(interval), str(most)))
@@ -158,17 +156,14 @@ class Scripts:
     def connection_begin(
         self, connection: ConnectionId, server: str, begin: bytes, end: bytes, *, takes_over: bool
     ) -> Call:
-        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by, self.keyspace.leases)
         arguments = (connection, server, begin, end, self._presence_ttl, "1" if takes_over else "0")
-        return Call(*_CONNECTION_BEGIN, keys, arguments)
+        return Call(*_CONNECTION_BEGIN, self.keyspace.reports, arguments)
 
     def connection_end(self, connection: ConnectionId, server: str) -> Call:
-        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by)
-        return Call(*_CONNECTION_END, keys, (connection, server))
+        return Call(*_CONNECTION_END, self.keyspace.reports[:3], (connection, server))
 
     def server_lease(self, server: str, lease: float, most: int) -> Call:
-        keys = (self.keyspace.requests, self.keyspace.owners, self.keyspace.held_by, self.keyspace.leases)
-        return Call(*_SERVER_LEASE, keys, (server, _milliseconds(lease), str(most)))
+        return Call(*_SERVER_LEASE, self.keyspace.reports, (server, _milliseconds(lease), str(most)))
 
     def presence(self, call: PresenceCall) -> Call:
         arguments: list[str | bytes] = [_fresh_epoch(), call.epoch, str(call.number)]
