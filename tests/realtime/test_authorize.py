@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import flask
@@ -39,6 +39,7 @@ class App:
         cookies: the Cookie header of each
         gate: questions wait until it is set
         status: answered instead of a decision, if not None
+        chunks: streamed instead of a yes, if not None; at a None it raises
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class App:
         self.gate = threading.Event()
         self.gate.set()
         self.status: int | None = None
+        self.chunks: list[bytes | None] | None = None
         self.names_user = True
         self.flask = flask.Flask("who")
         self.flask.secret_key = "the app's own key"
@@ -63,10 +65,18 @@ class App:
             return "", self.status
         if user is None or channel.endswith("-never"):
             return "", 403
+        if self.chunks is not None:
+            return flask.Response(self.stream(self.chunks), mimetype="application/json")
         return {"user": user, "info": {"name": f"user {user}"}} if self.names_user else {}
 
     def who(self) -> Any:
         return {"user": flask.request.environ["pubsub.connection"].user, "session": flask.session.get("user")}
+
+    def stream(self, chunks: list[bytes | None]) -> Iterator[bytes]:
+        for chunk in chunks:
+            if chunk is None:
+                raise RuntimeError("broken off")
+            yield chunk
 
     def cookie(self, user: str) -> str:
         """The session cookie that the login of `user` sets."""
@@ -203,6 +213,46 @@ async def test_whom_the_app_names_its_views_see_over_a_websocket_and_in_the_sess
     await stream.frame("subscribed", "private-a")
     await http.post(f"{url}/send", json={"frames": [ask]}, headers=headers | resume)
     assert json.loads((await stream.frame("response"))["body"]) == {"user": None, "session": "7"}
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [b'{"user": "7', b'", "info": {"name": "caf\xc3', b'\xa9"}}'],
+        [b'{"user": "7", "info": {"name": "a"}, "more": "', b"x" * 30_000, b"x" * 30_000, b'"}'],
+    ],
+)
+async def test_who_is_named_in_an_answer_that_is_streamed_is_known_too(
+    world: World, chunks: list[bytes | None]
+) -> None:
+    world.app.chunks = chunks
+    client, _ = await world.client("7")
+    subscribed = await subscribe(client, "presence-a")
+    assert [member["user"] for member in subscribed["members"]] == ["7"]
+    assert subscribed["members"][0]["info"]["name"] in ("café", "a")
+
+
+async def test_a_streamed_answer_that_is_too_long_allows_and_names_nobody(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.app.chunks = [b'{"user": "7", "info": "', *[b"x" * 60_000] * 4, b'"}']
+    client, hello = await world.client("7")
+    assert (await subscribe(client, "private-a"))["type"] == "subscribed"
+    assert "more than 65536 bytes" in caplog.text
+    await world.say("publish", "#user-7", "not known to be 7")
+    await world.say("publish", "private-a", "after it")
+    await client.recv("message", "private-a")
+    assert client.messages("#user-7") == []
+    assert hello["user"] is None
+
+
+@pytest.mark.parametrize("chunks", [[b'{"user": "7"}', None], [b'{"user"', b': "7"', None]])
+async def test_a_streamed_answer_that_breaks_off_is_no_decision(world: World, chunks: list[bytes | None]) -> None:
+    world.app.chunks = chunks
+    client, _ = await world.client("7")
+    assert (await subscribe(client, "private-a"))["code"] == "unavailable"
+    world.app.chunks = None
+    assert (await subscribe(client, "private-a"))["type"] == "subscribed"
 
 
 async def test_an_app_that_names_nobody_allows_all_the_same(world: World) -> None:

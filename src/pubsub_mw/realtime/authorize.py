@@ -9,11 +9,13 @@ The request takes the way of every other one, so the application sees an ordinar
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, NoReturn
 from urllib.parse import quote
 
@@ -22,6 +24,7 @@ from pubsub_mw.broker.interface import Acceptance, AsyncBroker, Offer
 from pubsub_mw.errors import BrokerUnavailable, ChannelError
 from pubsub_mw.grants import queue_key
 from pubsub_mw.model import Channel, ConnectionId, Handshake, Position, Request, channel_of_user
+from pubsub_mw.protocol import decode_body
 from pubsub_mw.realtime.control import close_unsettled
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
@@ -31,6 +34,9 @@ from pubsub_mw.settings import Settings
 __all__ = ["Authorizer", "Decision"]
 
 log = logging.getLogger("pubsub_mw")
+
+_MOST_BODY_BYTES = 1 << 16
+"""Of a decision; in a longer one nothing is looked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +63,7 @@ class Authorizer:
         self._settings = settings
         self._key = queue_key(secret)
         self._channel = Channel(f"#server-{secrets.token_urlsafe(12)}")
-        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[str, asyncio.Queue[dict[str, Any]]] = {}  # frames of each answer
 
     async def ask(
         self, channel: Channel, connection: ConnectionId, user: str | None, transport: str, handshake: Handshake
@@ -82,8 +88,7 @@ class Authorizer:
             handshake=handshake,
             reply_to=self._channel,
         )
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = answer
+        frames = self._waiting[request_id] = asyncio.Queue()
         try:
             # In no lane: a question of the server's does not wait for what its client asked for.
             offer = Offer(
@@ -99,7 +104,7 @@ class Authorizer:
             if accepted.acceptance is Acceptance.FULL:
                 raise BrokerUnavailable("the request queue is full")
             async with asyncio.timeout(self._settings.request_timeout + self._settings.request_grace):
-                return _decision(await answer)
+                return _decision(*await _collect(frames))
         except TimeoutError:
             raise BrokerUnavailable(f"no worker answered for {self._settings.authorize}") from None
         finally:
@@ -124,31 +129,43 @@ class Authorizer:
             log.error("answers of %s are not followed (%s); beginning again", self._settings.authorize, queue.closed)
 
     def _take(self, frame: dict[str, Any]) -> None:
-        answer = self._waiting.get(frame.get("id", ""))
-        if answer is None or answer.done():
-            return
-        if frame["type"] == "response":
-            answer.set_result(frame)
-        elif frame["type"] == "response_start":
-            # A decision is no stream; its status is all that is taken of one.
-            answer.set_result({"status": frame["status"], "body": ""})
+        frames = self._waiting.get(frame.get("id", ""))
+        if frames is not None:
+            frames.put_nowait(frame)
 
 
-def _decision(answer: dict[str, Any]) -> Decision:
-    if answer["status"] >= 500:
-        raise BrokerUnavailable(f"the application answered {answer['status']}")
-    if not 200 <= answer["status"] < 300:
+async def _collect(frames: asyncio.Queue[dict[str, Any]]) -> tuple[int, bytes]:
+    """Return the status and the body of an answer, which may come in parts; of a long body a bit over the bound."""
+    status, body = int(HTTPStatus.SERVICE_UNAVAILABLE), b""
+    while True:
+        frame = await frames.get()
+        if "status" in frame:  # it begins, or begins again where this process lost its place
+            status, body = frame["status"], b""
+        if "body" in frame and len(body) <= _MOST_BODY_BYTES:
+            body += decode_body(frame)
+        if "error" in frame:  # it broke off, so nobody knows what it was to say
+            status = int(HTTPStatus.BAD_GATEWAY)
+        if frame["type"] in ("response", "response_end"):
+            return status, body
+
+
+def _decision(status: int, body: bytes) -> Decision:
+    if status >= 500:
+        raise BrokerUnavailable(f"the application answered {status}")
+    if not 200 <= status < 300:
         return Decision(is_allowed=False)
-    try:
-        body = json.loads(answer["body"]) if answer["body"] else {}
-    except ValueError:
-        body = {}
-    if not isinstance(body, dict) or body.get("user") is None:
+    said = None
+    if len(body) > _MOST_BODY_BYTES:
+        log.error("the application's decision has more than %d bytes; whom it names is not read", _MOST_BODY_BYTES)
+    else:
+        with contextlib.suppress(ValueError):
+            said = json.loads(body)
+    if not isinstance(said, dict) or said.get("user") is None:
         return Decision(is_allowed=True)
-    user = str(body["user"])
+    user = str(said["user"])
     try:
         channel_of_user(user)
     except ChannelError as error:
         log.error("the application named a user that cannot be one: %s", error)
         return Decision(is_allowed=False)
-    return Decision(is_allowed=True, user=user, info=body.get("info"))
+    return Decision(is_allowed=True, user=user, info=said.get("info"))
