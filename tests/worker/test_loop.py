@@ -495,7 +495,8 @@ def test_a_request_whose_worker_died_is_run_again_and_says_so(run: Run) -> None:
     dead.close()
 
 
-def test_a_stream_whose_worker_died_goes_on_where_it_broke_off(run: Run) -> None:
+@pytest.mark.parametrize("request_timeout", [pytest.param(30.0, id="young"), pytest.param(0.1, id="older than that")])
+def test_a_stream_whose_worker_died_goes_on_where_it_broke_off(run: Run, request_timeout: float) -> None:
     from pubsub_mw.worker.answers import Answer
 
     app = App(lambda _environ: iter([b"a", b"b", b"c"]))
@@ -507,7 +508,7 @@ def test_a_stream_whose_worker_died_goes_on_where_it_broke_off(run: Run) -> None
     answer = Answer(request(), running.settings)
     answer.head(200, [])
     dead.queue("dead").settle([*answer.chunk(b"a"), *answer.chunk(b"b")], [])
-    again = run(app)
+    again = run(app, request_timeout=request_timeout)
     frames = again.answers(1)
     assert [frame["type"] for frame in frames] == ["response_start", *["response_chunk"] * 3, "response_end"]
     assert "".join(frame.get("body", "") for frame in frames) == "abc"
@@ -534,24 +535,6 @@ def test_a_request_whose_worker_died_after_its_answer_was_published_is_not_run_a
     dead.close()
 
 
-def test_a_stream_whose_worker_died_and_that_is_too_old_now_is_broken_off(run: Run) -> None:
-    from pubsub_mw.worker.answers import Answer
-
-    app = App(hello)
-    running = run(app)
-    running.stop()
-    running.send(request())
-    dead = open_broker(running.settings)
-    assert dead.queue("dead").take(1, 1.0)
-    answer = Answer(request(), running.settings)
-    answer.head(200, [])
-    dead.queue("dead").settle([*answer.chunk(b"a"), *answer.start()], [])
-    again = run(app, request_timeout=100 * MS)
-    assert again.answers(1)[-1]["error"] == "Gateway Timeout"
-    assert app.runs == []
-    dead.close()
-
-
 def test_a_request_that_no_worker_survives_is_answered_500_and_set_aside(run: Run) -> None:
     app = App(hello)
     running = run(app, max_deliveries=2)
@@ -571,11 +554,11 @@ def test_a_request_that_no_worker_survives_is_answered_500_and_set_aside(run: Ru
 
 def test_a_long_request_stays_with_its_worker(run: Run, gate: Gate) -> None:
     app = App(gate)
-    first, second = run(app, lease=300 * MS), run(app, lease=300 * MS)
+    first, second = run(app, lease=1_000 * MS), run(app, lease=1_000 * MS)
     first.send(request(path="/gate"))
     gate.wait()
     began_at = time.monotonic()
-    eventually(lambda: time.monotonic() > began_at + 1000 * MS)
+    eventually(lambda: time.monotonic() > began_at + 2_500 * MS)
     gate.opened.set()
     assert len(second.answers(1)) == 1
     eventually(second.is_idle)

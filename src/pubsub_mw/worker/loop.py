@@ -244,7 +244,9 @@ class Worker:
                 log.warning("%s %s is left to another worker: %s", request.method, request.path, error)
                 return None
         answer = Answer(request, self.settings, has_begun=progress is Progress.BEGUN)
-        age = 0.0 if request.reply_to == LIFECYCLE_CHANNEL else taken.age
+        # An answer that has begun is gone on with, however long ago it was asked for.
+        is_timeless = request.reply_to == LIFECYCLE_CHANNEL or progress is Progress.BEGUN
+        age = 0.0 if is_timeless else taken.age
         deadline = time.monotonic() + self.settings.request_timeout - age
         job = Job(self._outbox, taken, request, answer, deadline)
         if taken.delivery_count > self.settings.max_deliveries:
