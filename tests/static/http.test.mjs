@@ -135,6 +135,37 @@ describe("what is sent by POST", () => {
     await assert.rejects(all[2], { code: "busy" });
   });
 
+  test("and waited for the greeting goes once, after it", async (t) => {
+    const all = [];
+    const { asked } = await greeted(t, "longpoll", (realtime) => {
+      for (const path of ["/1", "/2", "/3"]) all.push(realtime.fetch(path));
+      for (const fetched of all) fetched.catch(() => {});
+    });
+    const sent = () => asked.slice(1).filter(({ frames }) => frames);
+    await until(() => sent().length);
+    await settled();
+    assert.deepEqual(sent().map(paths), [["/1", "/2", "/3"]]);
+    sent()[0].answer({ frames: [{ type: "response", id: "1", status: 200, headers: {}, body: "", position: "e.1.t" }] });
+    await all[0];
+    await settled();
+    assert.equal(sent().length, 1);
+  });
+
+  test("for what is told of what was too much goes once", async (t) => {
+    const { asked, realtime, reading } = await greeted(t, "longpoll", () => {}, { grant: () => "text" });
+    const abort = new AbortController();
+    realtime.on("error", () => abort.abort());
+    const fetched = assert.rejects(realtime.fetch("/1", { signal: abort.signal }), { name: "AbortError" });
+    await until(() => asked.length > 2);
+    asked[2].answer({ frames: [{ type: "accepted", id: "1" }] });
+    reading.answer({ frames: [{ type: "error", code: "grant_expired", message: "" }], cursor: "" });
+    await until(() => asked.length > 4);
+    asked.find(({ frames }) => frames?.[0].type === "grant").answer({}, 413);
+    await fetched;
+    await settled();
+    assert.equal(asked.filter(({ frames }) => frames?.[0].type === "cancel").length, 1);
+  });
+
   test("and answered there is out of its place, and moves no position", async (t) => {
     const { clock, asked, realtime } = await greeted(t, "longpoll");
     const fetched = realtime.fetch("/1");

@@ -133,14 +133,16 @@ function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
       const frames = unsent.slice(0, limit);
       try {
         const answer = await (await ask("send", sending.signal, frames)).json();
-        const { type } = unsent.splice(0, frames.length)[0];
-        for (const frame of answer.frames) if (!sending.signal.aborted) answered(frame, type === "connect");
+        for (const frame of answer.frames) if (!sending.signal.aborted) answered(frame, frames[0].type === "connect");
       } catch (/** @type {any} */ { status, message }) {
         if (sending.signal.aborted) return;
         if (status !== 413) return onEnd(1006, message);
-        if (frames.length === 1) onFrame({ ...unsent.shift(), type: "error", code: "too_large", message });
         limit = 1;
+        if (frames.length > 1) continue;
+        onFrame({ ...frames[0], type: "error", code: "too_large", message });
       }
+      // Not before, for an empty `unsent` means that nobody writes.
+      unsent.splice(0, frames.length);
     }
   }
 
