@@ -92,6 +92,21 @@ describe("a stream", () => {
     await until(() => asked.length > 2);
     assert.deepEqual(asked[2].frames, [{ type: "connect", resume: "token-1" }]);
   });
+
+  test("that is held back is given up as soon after a reconnect as at first", async (t) => {
+    const { clock, asked, realtime, reading } = await greeted(t, "sse");
+    reading.stream()(events(CONNECTED));
+    await until(() => realtime.state === "connected");
+    await clock.pass(33);
+    assert.equal(realtime.state, "waiting");
+    await clock.pass(0.5 * JITTER);
+    await until(() => asked.length > 2);
+    asked[2].answer({ frames: [CONNECTED] });
+    await until(() => asked.length > 3);
+    asked[3].stream();
+    await clock.pass(10);
+    assert.ok(asked[3].isAborted());
+  });
 });
 
 describe("a poll", () => {

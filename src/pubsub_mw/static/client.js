@@ -338,6 +338,7 @@ export function connect(url, options = {}) {
   function open() {
     drop();
     hasDelivered = false;
+    pingSeconds = 0;
     expectFrame(CONNECT_TIMEOUT_SECONDS);
     withGrant((grant) => {
       const greet = () => transport?.send({ type: "connect", grant, resume, channels: Object.fromEntries(positions()) });
