@@ -9,7 +9,7 @@ import pytest
 from flask import Flask, Response, request
 
 from pubsub_mw.client import Connection, connect
-from pubsub_mw.client.requests import is_newer
+from pubsub_mw.client.requests import Requests, is_newer
 from pubsub_mw.errors import ConnectionClosed, PubSubError, RequestFailed, RequestTimeout
 from tests.client_world import Endpoint, ScriptedServer
 from tests.tools.clock import MS, eventually_async
@@ -298,6 +298,24 @@ async def test_parts_that_come_twice_are_taken_once(scripted: Connection, script
 async def reconnect(script: ScriptedServer) -> dict[str, Any]:
     await script.drop()
     return await script.welcome()
+
+
+async def test_an_answer_that_meets_its_cancellation_is_nobodys() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(frame: dict[str, Any]) -> None:
+        sent.append(frame)
+
+    requests = Requests(send, sent.append, 1)
+    await requests.begin()
+    fetching = asyncio.create_task(requests.fetch({"type": "request"}, None, wait=True))
+    await eventually_async(lambda: bool(sent))
+    fetching.cancel()
+    answer = {"type": "response", "id": "1", "status": 200, "headers": {}, "body": "late", "position": "e.1.a"}
+    await requests.receive(answer)
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    assert sent[1:] == [{"type": "cancel", "id": "1"}]
 
 
 async def test_an_old_answer_that_is_sent_again_moves_no_position_back(

@@ -184,7 +184,8 @@ class Requests:
         # was sent again.
         if pending is None or not is_newer(position, pending.position):
             return
-        if pending.response is None and kind in ("response", "response_start"):
+        # It may have been cancelled a moment ago, and `fetch` did not run since.
+        if pending.response is None and kind in ("response", "response_start") and not pending.answered.done():
             pending.response = Response(frame["status"], frame["headers"], lambda: self._cancel(request_id))
             pending.answered.set_result(pending.response)
         if pending.response is not None:
