@@ -1,6 +1,7 @@
 """The Python client over each transport, and from one to the next: complete, in order, as the same connection."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -153,3 +154,21 @@ async def test_a_network_that_answers_by_itself_is_no_server(body: bytes) -> Non
         with pytest.raises(ConnectFailed):
             async with connect(f"http://127.0.0.1:{port}/realtime", transports=["longpoll"], open_timeout=0.5):
                 pass
+
+
+async def test_a_url_that_is_too_long_for_a_proxy_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    connected = {"type": "connected", "connection": "c1", "resume": "x", "user": None, "ping": 25.0}
+    greeting = json.dumps({"frames": [connected]}).encode()
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"POST"):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(greeting), greeting))
+        else:
+            writer.write(b"HTTP/1.1 414 URI Too Long\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve_one, "127.0.0.1", 0) as proxy:
+        port = proxy.sockets[0].getsockname()[1]
+        async with connect(f"http://127.0.0.1:{port}/realtime", transports=["longpoll"]):
+            await eventually_async(lambda: "poll: the server answered 414" in caplog.text)

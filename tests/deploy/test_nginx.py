@@ -11,6 +11,7 @@ import pytest
 from playwright.async_api import Page
 from websockets.exceptions import InvalidStatus
 
+from pubsub_mw.client import connect
 from tests.deploy.conftest import VISITOR, Connect, Deployment
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import Frame
@@ -217,6 +218,20 @@ async def test_a_page_gets_every_message_while_each_server_is_replaced(
     )
     assert await browser_page.evaluate("heard") == list(range(published))
     assert await browser_page.evaluate("source.readyState") == 1
+
+
+@pytest.mark.parametrize("transport", ["sse", "longpoll"])
+async def test_as_many_channels_as_a_connection_may_have_are_named_in_a_url(
+    deployment: Deployment, prefix: str, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(deployment.nginx.certificate))
+    names = [f"{prefix}:{number:03}".ljust(40, "x") for number in range(128)]
+    async with connect(deployment.socket_url, transports=[transport]) as connection:
+        subscriptions = await asyncio.gather(*(connection.subscribe(name) for name in names[1:]))
+        subscriptions.append(await connection.subscribe(names[0]))  # opens it anew, from the positions of all others
+        for subscription in subscriptions:
+            await deployment.publish(subscription.channel, subscription.channel)
+            assert (await anext(subscription)).data == subscription.channel
 
 
 @pytest.mark.parametrize("settings", [{"PUBSUB_DRAIN": "4"}], ids=["slowly"])

@@ -117,7 +117,52 @@ describe("a poll", () => {
     reading.answer({ frames: [subscribed("a", "e.0.t"), message("a", "e.1.t")], cursor: "so far" });
     await until(() => asked.length > 2);
     assert.equal(callback.calls.length, 1);
-    assert.deepEqual([asked[2].query.get("cursor"), asked[2].query.get("position")], ["so far", "e.1.t"]);
+    const { query } = asked[2];
+    assert.deepEqual([query.get("cursor"), query.get("channel"), query.get("position")], ["so far", "a", null]);
+  });
+
+  test("for a channel that the cursor may not know begins where the page is", async (t) => {
+    const callback = spy();
+    const { clock, asked, realtime, reading } = await greeted(t, "longpoll");
+    realtime.subscribe("a", callback, { position: "e.1.t" });
+    reading.answer({ frames: [], cursor: "without it" });
+    await until(() => asked.length > 2);
+    assert.deepEqual(asked[2].query.getAll("channel"), []);
+    await clock.pass(RESTART_SECONDS);
+    await until(() => asked.length > 3);
+    assert.deepEqual([asked[3].query.get("cursor"), asked[3].query.get("position")], [null, "e.1.t"]);
+    const unavailable = { type: "error", channel: "a", code: "unavailable", message: "" };
+    asked[3].answer({ frames: [unavailable], cursor: "without it" });
+    await until(() => asked.length > 4);
+    asked[4].answer({ frames: [subscribed("a", "e.3.t")], cursor: "with it" });
+    await until(() => asked.length > 5);
+    await clock.pass(1);
+    await until(() => asked.length > 6);
+    assert.equal(asked.at(-1).query.get("position"), "e.1.t");
+  });
+
+  test("names no channel again that was refused", async (t) => {
+    const onError = spy();
+    const { clock, asked, reading } = await greeted(t, "longpoll", (realtime) => {
+      realtime.subscribe("a", spy());
+      realtime.subscribe("presence-b", spy(), { onError });
+    });
+    const busy = { type: "error", channel: "presence-b", code: "busy", message: "" };
+    reading.answer({ frames: [subscribed("a", "e.1.t"), busy], cursor: "" });
+    await until(() => onError.calls.length);
+    await clock.pass(RESTART_SECONDS);
+    await until(() => asked.length > 3);
+    assert.deepEqual(asked[3].query.getAll("channel"), ["a"]);
+  });
+
+  test("whose url is too long for a proxy is told, by a short message", async (t) => {
+    const onError = spy();
+    const { realtime, reading } = await greeted(t, "longpoll", (realtime) => realtime.subscribe("a", spy()));
+    realtime.on("error", onError);
+    reading.answer({}, 414);
+    await until(() => realtime.state === "waiting");
+    const [[{ code, message }]] = onError.calls;
+    assert.deepEqual([code, message], [414, "poll: 414"]);
   });
 
   test("that is cut waits half as long the next time, and at last gives up", async (t) => {

@@ -132,6 +132,8 @@ class HttpLink:
         except LinkLost as lost:
             self._problem = lost
         except (OSError, ValueError, h11.ProtocolError, _Status) as error:
+            if isinstance(error, _Status) and error.status == 414:
+                log.warning("%s: %s: the names of all channels are longer than a url may be there", self._url, error)
             self._problem = LinkLost(str(error) or type(error).__name__)
         except Exception as error:
             log.exception("%s: the link failed", self._url)
@@ -206,9 +208,9 @@ class HttpLink:
         raise LinkLost("the stream ended")
 
     async def _poll(self, channels: list[tuple[str, str]], places: list[tuple[str, str]]) -> None:
-        seconds, cursor = self._wait_seconds, ""
+        seconds = self._wait_seconds
         while True:
-            query = urlencode([("wait", f"{seconds:g}"), ("cursor", cursor), *channels, *places])
+            query = urlencode([("wait", f"{seconds:g}"), *channels, *places])
             try:
                 answer = await self._fetch("GET", f"poll?{query}")
             except (OSError, h11.RemoteProtocolError):
@@ -216,7 +218,7 @@ class HttpLink:
                 if seconds < _LEAST_WAIT_SECONDS:
                     raise
                 continue
-            cursor = answer["cursor"]
+            places = [("cursor", answer["cursor"])]
             for frame in [*answer["frames"], {"type": "ping"}]:
                 await self._arrive(frame)
 

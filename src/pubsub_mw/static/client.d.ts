@@ -15,7 +15,7 @@ export type Member = { user: string; info: any };
 /** Publications were lost: fetch the state anew. */
 export type Gap = { channel: string; position: string | null; reason: string };
 
-/** `code`: an error or close code. */
+/** `code`: an error or close code; or 414, where a proxy takes no url as long as the names of all channels. */
 export type RealtimeError = Error & { code?: string | number; channel?: string };
 
 export type TransportName = "websocket" | "sse" | "longpoll";

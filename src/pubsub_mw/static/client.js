@@ -98,7 +98,7 @@ function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
     const response = await fetch(url + path, { ...init, headers, signal });
     const { ok, status } = response;
     if (ok) return response;
-    throw { status, message: `${path}: ${status}` };
+    throw { status, message: `${path.split("?")[0]}: ${status}` };
   }
 
   async function read() {
@@ -109,18 +109,22 @@ function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
     const { signal } = reading;
     /** @param {any} frame */
     const take = (frame) => signal.aborted || onFrame(frame);
-    for (let seconds = wait(), cursor = ""; ; ) {
+    let channels = "";
+    let places = "";
+    for (const [name, position] of positions()) {
+      channels += `&channel=${encodeURIComponent(name)}`;
+      places += `&position=${position ?? ""}`;
+    }
+    for (let seconds = wait(); ; ) {
       try {
-        let path = transport === "sse" ? "events?frames=1" : `poll?wait=${seconds}&cursor=${cursor}`;
-        for (const [name, position] of positions()) {
-          path += `&channel=${encodeURIComponent(name)}&position=${position ?? ""}`;
-        }
-        const response = await ask(path, signal);
+        const path = transport === "sse" ? "events?frames=1" : `poll?wait=${seconds}`;
+        const response = await ask(path + channels + places, signal);
         if (transport === "sse") await readEvents(response, take);
         const answer = await response.json();
-        cursor = answer.cursor;
+        places = `&cursor=${answer.cursor}`;
         for (const frame of [...answer.frames, { type: "ping" }]) take(frame);
       } catch (/** @type {any} */ { status, message }) {
+        if (status === 414) take({ type: "error", code: status, message });
         if (signal.aborted) return;
         seconds /= 2; // it may have been cut for being idle so long
         if (transport === "sse" || status || seconds < 1) return onEnd(1006, message);
@@ -695,6 +699,7 @@ export function connect(url, options = {}) {
     if (frame.code === "unavailable") settleLater();
     else if (channel === channels.get(name)) {
       channels.delete(name);
+      transport?.restart?.();
       fail(frame, channel.listeners);
     } else settle(name);
   }
