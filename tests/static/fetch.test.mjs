@@ -100,6 +100,16 @@ describe("a request", () => {
     assert.deepEqual(await sent(t, "/path", { json: null, ...own }), { path: "/path", body: "null", ...own });
   });
 
+  test("with json keeps the method of its Request, unless that has none for a body", async (t) => {
+    const { net, realtime } = await connected(t);
+    const methods = [];
+    for (const method of ["PUT", "PATCH", "POST", "GET"]) {
+      const input = new Request("http://server/a", { method });
+      methods.push((await fetching(t, net, realtime, input, { json: 1 })).frame.method);
+    }
+    assert.deepEqual(methods, ["PUT", "PATCH", "POST", "POST"]);
+  });
+
   test("with undefined as json has none", async (t) => {
     const { method, body } = await sent(t, "/path", { json: undefined });
     assert.deepEqual([method, body], ["GET", ""]);

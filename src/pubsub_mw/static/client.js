@@ -757,7 +757,8 @@ export function connect(url, options = {}) {
 
     async fetch(input, { json, keepalive, ...init } = {}) {
       if (json !== undefined) {
-        init = { method: "POST", ...init, body: new Blob([JSON.stringify(json)], { type: "application/json" }) };
+        const method = input instanceof Request && input.method !== "GET" ? input.method : "POST";
+        init = { method, ...init, body: new Blob([JSON.stringify(json)], { type: "application/json" }) };
       }
       const { origin } = new URL(address);
       const request = new Request(input instanceof Request ? input : new URL(input, pageUrl() ?? origin), init);
