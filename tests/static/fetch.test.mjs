@@ -175,6 +175,19 @@ describe("a request", () => {
     assert.equal(frame.path, "/2");
   });
 
+  test("whose body never ends does not hold up the next once it is aborted", async (t) => {
+    const { net, realtime } = await connected(t);
+    const abort = new AbortController();
+    const endless = { method: "POST", body: new ReadableStream(), duplex: "half", signal: abort.signal };
+    const aborted = assert.rejects(realtime.fetch("/1", endless), { name: "AbortError" });
+    realtime.fetch("/2").catch(() => {});
+    await settled();
+    abort.abort();
+    await aborted;
+    await until(() => requests(net).length);
+    assert.deepEqual(requests(net)[0].path, "/2");
+  });
+
   for (const input of ["https://other.test/a", "//other.test/a", "http://server:81/a", "https://server/a"]) {
     test(`for ${input}, of another origin, is refused`, async (t) => {
       const { net, realtime } = await connected(t);

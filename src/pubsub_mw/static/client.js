@@ -674,6 +674,7 @@ export function connect(url, options = {}) {
     if (!requests.has(pending.id)) return;
     if (realtime.state === "connected" && pending.sentIn) transport?.send({ type: "cancel", id: pending.id });
     finish(pending, reason);
+    sendRequests();
   }
 
   /** @param {string} message Give up what was sent; when closed, all. */
