@@ -15,9 +15,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
+import flask
 import pytest
 import uvicorn
 from flask import Flask
@@ -204,6 +206,15 @@ def test_a_page_gets_the_position_that_was_taken_before_its_state() -> None:
     assert page["position"].split(".")[1] == "0"
     unreachable = Publisher("redis://127.0.0.1:1/0", publish_timeout=0.5)
     assert namespace["position_or_none"](unreachable, "room:42") is None
+
+
+def test_a_view_streams_as_shown() -> None:
+    app = flask_app()
+    (shown,) = (item for item in snippets("python", document=docs("requests")) if "def tokens" in item.text)
+    model = SimpleNamespace(generate=str.split)
+    shown.run({"app": app, "request": flask.request, "Response": flask.Response, "model": model})
+    answer = app.test_client().get("/answer?prompt=what+is+it", buffered=False)
+    assert [answer.status_code, *answer.response] == [200, b"what", b"is", b"it"]
 
 
 def test_mounting_is_as_shown() -> None:

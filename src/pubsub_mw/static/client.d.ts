@@ -99,6 +99,8 @@ export type Realtime = {
    * from the cookie `csrftoken`, unless that header is set or the cookie hidden from scripts.
    *
    * It rejects with the reason of `signal`, or with a `RequestError`; a body that breaks off ends with one, too.
+   * In Chromium, `text()`, `json()`, `blob()` and `arrayBuffer()` fail without that reason, as "Failed to fetch"; a reader
+   * of `body` gets it.
    */
   fetch(input: string | URL | Request, init?: RequestOptions): Promise<Response>;
 
