@@ -96,6 +96,9 @@ async def test_a_stream_of_the_app_goes_on_in_the_middle(site: Site, proxy: Http
 async def test_refusals_come_over_each(site: Site, proxy: HttpProxy, connection: Connection) -> None:
     with pytest.raises(SubscriptionRefused):
         await connection.subscribe("private-1")
+    with pytest.raises(SubscriptionRefused) as refused:
+        await connection.subscribe("#user-7")
+    assert refused.value.code == "bad_channel"
     with pytest.raises(RequestFailed, match=r"too_large|connection_lost"):
         await connection.fetch("/echo", body="x" * 70_000)
     await uses(connection, connection.transport)

@@ -47,6 +47,14 @@ class Channels:
         return channel in self._asked
 
     async def add(self, subscription: Subscription) -> None:
+        """Have the server subscribed for it.
+
+        Raises:
+            SubscriptionRefused: it is one of the connection's own channels. Asked for over HTTP, the server would take
+                it for that, and not answer.
+        """
+        if subscription.channel.startswith("#"):
+            raise SubscriptionRefused(subscription.channel, ErrorCode.BAD_CHANNEL, "give on_private to listen to it")
         self._wanted[subscription.channel] = subscription
         await self._settle(subscription.channel)
 

@@ -200,7 +200,7 @@ class Connection:
                 from the connection, for any of its channels
 
         Raises:
-            SubscriptionRefused: the server does not allow it.
+            SubscriptionRefused: the server does not allow it; `#` begins the connection's own, see `on_private`.
             ConnectionClosed: the connection ended for good.
             ValueError: this connection listens to it already.
         """
