@@ -20,6 +20,9 @@ from pubsub_mw.errors import CloseCode
 
 __all__ = ["Batch", "SendQueue", "websocket_frame"]
 
+_COSTLY_BYTES = 16_384
+"""What takes the kernel about as long as the rest of a delivery."""
+
 
 class Batch:
     """Publications of one channel that go out together, in offset order. Immutable; one for all who get them.
@@ -29,25 +32,17 @@ class Batch:
 
     Attributes:
         frames: the same
-        size: bytes in all of them
+        cost: of one delivery, as a multiple of that of a small batch
+        websocket: the frames as a server writes them to a WebSocket: text, whole, unmasked, without extensions. Source:
+            RFC 6455 5.2
     """
 
-    __slots__ = ("_websocket", "frames", "size")
+    __slots__ = ("cost", "frames", "websocket")
 
     def __init__(self, frames: tuple[bytes, ...]) -> None:
         self.frames = frames
-        self.size = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
-        self._websocket: bytes | None = None
-
-    @property
-    def websocket(self) -> bytes:
-        """The frames as a server writes them to a WebSocket: text, whole, unmasked, without extensions.
-
-        Source: RFC 6455 5.2. Made when first asked for.
-        """
-        if self._websocket is None:
-            self._websocket = b"".join([websocket_frame(frame) for frame in self.frames])
-        return self._websocket
+        self.websocket = websocket_frame(frames[0]) if len(frames) == 1 else b"".join(map(websocket_frame, frames))
+        self.cost = 1 + len(self.websocket) // _COSTLY_BYTES
 
 
 def websocket_frame(frame: bytes) -> bytes:

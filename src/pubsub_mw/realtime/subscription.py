@@ -22,10 +22,6 @@ from pubsub_mw.realtime.send_queue import Batch, SendQueue
 __all__ = ["CatchUp", "GapReason", "Run", "Subscription", "Track", "catch_up", "runs_of"]
 
 
-_COSTLY_BYTES = 16_384
-"""What takes the kernel about as long as the rest of a delivery."""
-
-
 class GapReason(StrEnum):
     """Why continuity is lost."""
 
@@ -94,11 +90,6 @@ class Run(Batch):
     exclude = reply = ""
     is_recovered = False
     is_plain = True
-
-    @property
-    def cost(self) -> int:
-        """Of one delivery, as a multiple of that of a small publication."""
-        return 1 + self.size // _COSTLY_BYTES
 
 
 class _MarkedRun(Run):
