@@ -286,10 +286,10 @@ def test_a_channel_whose_position_expired_starts_a_new_epoch(make: Make) -> None
 
 
 def test_whoever_asks_now_and_then_keeps_the_position_alive(make: Make) -> None:
-    settings = make(history_ttl=50 * MS, position_ttl=200 * MS)
+    settings = make(history_ttl=50 * MS, position_ttl=800 * MS)
     broker = open_broker(settings)
     position = publish(broker, settings, ROOM)
-    until = time.monotonic() + 500 * MS
+    until = time.monotonic() + 1_600 * MS
     # Only a machine that stalls for half of the time to live between two looks could make this fail.
     while time.monotonic() < until:
         assert broker.position(ROOM) == position

@@ -305,7 +305,7 @@ async def test_a_worker_that_wakes_up_learns_what_was_answered_without_it(world:
 async def test_a_request_that_runs_long_stays_known_and_so_does_its_answer(
     open_world: Callable[..., World],
 ) -> None:
-    world = open_world(idempotency_ttl=200 * MS, request_timeout=50 * MS, request_grace=0)
+    world = open_world(idempotency_ttl=800 * MS, request_timeout=50 * MS, request_grace=0)
     queue = world.queue()
     await world.accept("1")
     await world.accept("2")

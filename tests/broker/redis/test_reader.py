@@ -100,7 +100,7 @@ async def test_a_read_ends_within_its_time_and_the_next_one_works(
     proxy.blackhole()
     began = time.monotonic()
     results = await asyncio.gather(*(broker.read(wanted, page_bytes=1) for _ in range(100)), return_exceptions=True)
-    assert time.monotonic() - began < 1_500 * MS
+    assert time.monotonic() - began < 5_000 * MS, "all at once: one after another it would be 50 s"
     assert all(isinstance(result, BrokerUnavailable) for result in results)
     assert f"no answer within {500 * MS:g} s" in str(results[0])
     proxy.pass_through()
