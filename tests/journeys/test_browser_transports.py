@@ -138,8 +138,9 @@ async def test_a_proxy_that_holds_streams_back_is_noticed(site: Endpoint, proxy:
     await page.goto(f"http://127.0.0.1:{proxy.port}/")
     await page.wait_for_function("typeof follow === 'function'")
     await page.evaluate("listen()")
-    await page.evaluate("void follow('room:1')")
+    await page.evaluate("void (window.following = follow('room:1'))")
     await uses(page, "longpoll")
+    await page.evaluate("following")
     await site.publisher.publish("room:1", "through")
     await hears(page, "through")
 
