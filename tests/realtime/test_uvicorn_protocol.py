@@ -44,6 +44,12 @@ Open = Callable[..., Awaitable[RawClient]]
 
 HTTP = "pubsub_mw.realtime.uvicorn_protocol:HTTPProtocol"
 
+HANDSHAKE = (
+    b"GET %b HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n%b"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+"""With a path, and with more lines or none."""
+
 seen: list[Any] = []
 
 
@@ -228,10 +234,7 @@ async def test_a_handshake_that_the_parser_does_not_take_is_answered(
         return  # uvicorn's own class never answers
     site = await serve_app(app)
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
-    writer.write(
-        b"GET /deny HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n%b\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n" % odd
-    )
+    writer.write(HANDSHAKE % (b"/deny", odd + b"\r\n"))
     async with asyncio.timeout(2_000 * MS):
         answer = await reader.read()  # to its end: it is closed too
     assert answer.startswith(b"HTTP/1.1 4")
@@ -276,12 +279,8 @@ async def test_a_handshake_that_is_none_is_refused(
     serve_app: ServeApp, app: Any, change: tuple[bytes, bytes], status: bytes
 ) -> None:
     site = await serve_app(app)
-    request = (
-        b"GET /echo HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
-    writer.write(request.replace(*change))
+    writer.write((HANDSHAKE % (b"/echo", b"")).replace(*change))
     assert (await reader.readline())[9:12] == status
     writer.close()
     await eventually_async(lambda: not site.server.server_state.connections)
@@ -303,10 +302,8 @@ async def test_a_handshake_is_read_whatever_its_form(
     serve_app: ServeApp, app: Any, change: tuple[bytes, bytes], pieces: int
 ) -> None:
     site = await serve_app(app)
-    request = (
-        b"GET /realtime/ HTTP/1.1\r\nHost: a\r\nUpgrade: WebSocket\r\nConnection: keep-alive, upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    ).replace(*change)
+    request = HANDSHAKE % (b"/realtime/", b"")
+    request = request.replace(b": websocket", b": WebSocket").replace(b", Upgrade", b", upgrade").replace(*change)
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
     for index in range(pieces):
         writer.write(request[len(request) * index // pieces : len(request) * (index + 1) // pieces])
@@ -325,11 +322,8 @@ async def test_a_client_that_does_not_wait_for_the_answer_is_heard(
         return  # uvicorn's own class for HTTP drops what comes with the head
     site = await serve_app(app)
     reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
-    writer.write(
-        b"GET /realtime/ HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        + Frame(Opcode.TEXT, b'{"type":"connect"}').serialize(mask=True)
-    )
+    connect_frame = Frame(Opcode.TEXT, b'{"type":"connect"}').serialize(mask=True)
+    writer.write(HANDSHAKE % (b"/realtime/", b"") + connect_frame)
     async with asyncio.timeout(2_000 * MS):
         await reader.readuntil(b'"type":"connected"')
     writer.close()

@@ -217,7 +217,7 @@ class HTTPProtocol(HttpToolsProtocol):
         if not self._is_set_up:
             head, end, rest = data.partition(b"\r\n\r\n")
             read = _read_head(head + end)
-            if read is not None and self.config.ws_protocol_class is WebSocketProtocol and self._upgrade(*read):
+            if read is not None and self._upgrade(*read):
                 if rest:  # of a client that did not wait for the answer
                     self.transport.get_protocol().data_received(rest)  # type: ignore[attr-defined]
                 return
@@ -244,7 +244,8 @@ class HTTPProtocol(HttpToolsProtocol):
         super().connection_made(transport)
 
     def _upgrade(self, target: bytes, headers: _Headers) -> bool:
-        if not _is_plain(target, headers):
+        """Hand a plain handshake over; False = it is for uvicorn to see to."""
+        if self.config.ws_protocol_class is not WebSocketProtocol or not _is_plain(target, headers):
             return False
         protocol = WebSocketProtocol(self.config, self.server_state, self.app_state)
         protocol.connection_made(self.transport)
@@ -256,11 +257,7 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         # As uvicorn does, but what has been parsed is not written and parsed again.
-        if (
-            self.ws_protocol_class is not WebSocketProtocol
-            or self.scope["method"] != "GET"
-            or not self._upgrade(self.url, self.headers)
-        ):
+        if self.scope["method"] != "GET" or not self._upgrade(self.url, self.headers):
             super().handle_websocket_upgrade()
 
     def on_message_begin(self) -> None:
