@@ -23,7 +23,7 @@ from pubsub_mw.drafts import build_draft
 from pubsub_mw.model import Channel, ConnectionId, Position, channel_of_connection
 from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime.hub import Hub
-from pubsub_mw.realtime.send_queue import Batch, SendQueue
+from pubsub_mw.realtime.send_queue import Batch, SendQueue, websocket_frame
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.settings import Settings
 from tests.tools.redis_server import RedisServer
@@ -47,9 +47,15 @@ class CountingQueue(SendQueue):
     expected = 0
     arrived = asyncio.Event()
 
+    def put_nowait(self, frame: bytes) -> None:
+        self._count(1, websocket_frame(frame))
+
     def put_batch(self, batch: Batch) -> None:
-        CountingQueue.delivered += len(batch.frames)
-        if batch.websocket and CountingQueue.delivered >= CountingQueue.expected:
+        self._count(len(batch.frames), batch.websocket)
+
+    def _count(self, frames: int, websocket: bytes) -> None:
+        CountingQueue.delivered += frames
+        if websocket and CountingQueue.delivered >= CountingQueue.expected:
             CountingQueue.arrived.set()
 
 

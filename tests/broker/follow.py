@@ -41,7 +41,7 @@ class Recorder:
         calls: how often publications were handed on
     """
 
-    subscriber: Subscriber
+    subscriber: Subscriber[str]
 
     def __init__(self) -> None:
         self.publications: list[tuple[str, Publication]] = []
@@ -84,7 +84,7 @@ async def following(settings: Settings, *channels: str) -> AsyncIterator[Recorde
     recorder = Recorder()
     recorder.subscriber = broker.subscriber(recorder)
     for channel in channels:
-        recorder.subscriber.subscribe(Channel(channel))
+        recorder.subscriber.subscribe(Channel(channel), channel)
     task = asyncio.create_task(recorder.subscriber.run())
     try:
         await recorder.confirmed(*channels)

@@ -442,7 +442,7 @@ async def test_an_unsubscribed_channel_is_followed_no_more(broker: Broker, make:
     third = Channel("third")
     async with following(make(), ROOM, NEWS) as recorder:
         recorder.subscriber.unsubscribe(ROOM)
-        recorder.subscriber.subscribe(third)
+        recorder.subscriber.subscribe(third, third)
         await recorder.confirmed(third)
         for channel in (ROOM, NEWS, third):
             await publish_async(broker, make(), channel, 1)
@@ -455,10 +455,10 @@ async def test_the_last_wish_for_a_channel_counts(broker: Broker, make: Make) ->
     async with following(make()) as recorder:
         await eventually_async(lambda: recorder.subscriber.is_up)
         for _ in range(10):
-            recorder.subscriber.subscribe(ROOM)
+            recorder.subscriber.subscribe(ROOM, ROOM)
             recorder.subscriber.unsubscribe(ROOM)
-        recorder.subscriber.subscribe(ROOM)
-        recorder.subscriber.subscribe(NEWS)
+        recorder.subscriber.subscribe(ROOM, ROOM)
+        recorder.subscriber.subscribe(NEWS, NEWS)
         await recorder.confirmed(ROOM, NEWS)
         await publish_async(broker, make(), ROOM, 1)
         await publish_async(broker, make(), NEWS, 2)

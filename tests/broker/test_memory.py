@@ -96,7 +96,7 @@ def test_a_listener_that_is_gone_without_a_word_stops_nobody(prefix: str) -> Non
 
     async def attach() -> None:
         subscriber = AsyncMemoryBroker(broker).subscriber(Recorder())
-        subscriber.subscribe(ROOM)
+        subscriber.subscribe(ROOM, ROOM)
         broker.attach(subscriber)
 
     loop.run_until_complete(attach())

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.interface import Key, Listener
 from pubsub_mw.broker.memory import AsyncMemoryBroker, MemoryBroker, MemorySubscriber
 from pubsub_mw.broker.presence import Notice
 from pubsub_mw.errors import BrokerUnavailable
@@ -22,16 +22,16 @@ from pubsub_mw.settings import Settings
 __all__ = ["BentBroker", "BentLink"]
 
 
-class BentLink(MemorySubscriber):
+class BentLink(MemorySubscriber[Key]):
     """The pub/sub link. Commands and events wait in it until the test moves them, or until `is_smooth`."""
 
-    def __init__(self, broker: MemoryBroker, listener: Listener) -> None:
+    def __init__(self, broker: MemoryBroker, listener: Listener[Key]) -> None:
         super().__init__(broker, listener)
         self._hub = listener
-        self._wanted: dict[Channel, None] = {}
+        self._wanted: dict[Channel, Key] = {}
         self._followed: set[str] = set()
         self._up: deque[tuple[str, Channel]] = deque()
-        self._down: deque[tuple[str, bytes | None]] = deque()
+        self._down: deque[tuple[Channel, bytes | None]] = deque()
         self._is_dark = False
         self.is_held = False
         self.is_smooth = False
@@ -41,8 +41,8 @@ class BentLink(MemorySubscriber):
     def is_up(self) -> bool:
         return True
 
-    def subscribe(self, channel: Channel) -> None:
-        self._wanted[channel] = None
+    def subscribe(self, channel: Channel, key: Key) -> None:
+        self._wanted[channel] = key
         self._up.append(("subscribe", channel))
         self._flow()
 
@@ -68,7 +68,7 @@ class BentLink(MemorySubscriber):
 
     def offer(self, channel: str, item: bytes | Notice) -> None:
         if isinstance(item, bytes) and channel in self._followed and not self._is_dark:
-            self._down.append((channel, item))
+            self._down.append((Channel(channel), item))
             self._flow()
 
     def relink(self) -> None:
@@ -90,19 +90,21 @@ class BentLink(MemorySubscriber):
 
     def move_down(self, count: int) -> None:
         """Let the oldest events arrive, at once as far as they are publications."""
-        arrived: dict[str, list[bytes]] = {}
+        arrived: dict[Key, list[bytes]] = {}
         for _ in range(0 if self.is_held else min(count, len(self._down))):
             channel, payload = self._down.popleft()
+            key = self._wanted.get(channel)
+            if key is None:
+                continue
             if payload is not None:
-                arrived.setdefault(channel, []).append(payload)
+                arrived.setdefault(key, []).append(payload)
                 continue
             self._arrive(arrived)
             arrived = {}
-            if channel in self._wanted:
-                self._hub.on_subscribed(channel)
+            self._hub.on_subscribed(key)
         self._arrive(arrived)
 
-    def _arrive(self, arrived: dict[str, list[bytes]]) -> None:
+    def _arrive(self, arrived: dict[Key, list[bytes]]) -> None:
         if arrived:
             self._hub.on_publications(arrived)
 
@@ -153,19 +155,20 @@ class BentBroker(AsyncMemoryBroker):
     def __init__(self, settings: Settings) -> None:
         self.engine = MemoryBroker(settings)
         super().__init__(self.engine)
-        self.links: list[BentLink] = []
+        self.links: list[BentLink[Any]] = []
         self.reads: list[_Read] = []
         self.is_smooth = False
         self.read_count = 0
 
     @property
-    def link(self) -> BentLink:
+    def link(self) -> BentLink[Any]:
         return self.links[-1]
 
-    def subscriber(self, listener: Listener) -> BentLink:
+    def subscriber(self, listener: Listener[Key]) -> BentLink[Key]:
         self.engine.expect_endpoint()
-        self.links.append(BentLink(self.engine, listener))
-        return self.link
+        link = BentLink(self.engine, listener)
+        self.links.append(link)
+        return link
 
     async def read(
         self, wanted: Sequence[tuple[Channel, int | None]], *, page_bytes: int

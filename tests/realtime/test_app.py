@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 from websockets.exceptions import InvalidStatus
 
-from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.interface import Key, Listener
 from pubsub_mw.broker.memory import AsyncMemoryBroker, MemorySubscriber, memory_broker
 from pubsub_mw.errors import CloseCode, SettingsError
 from pubsub_mw.publisher import AsyncPublisher
@@ -240,7 +240,7 @@ def test_a_wrong_setting_is_told_at_once() -> None:
 
 
 async def test_a_server_stops_though_its_link_to_the_broker_fails_at_that_moment(prefix: str) -> None:
-    class Link(MemorySubscriber):
+    class Link(MemorySubscriber[Key]):
         """Breaks when it is told to end, once, as a link does when Redis goes away just then."""
 
         has_failed = False
@@ -255,7 +255,7 @@ async def test_a_server_stops_though_its_link_to_the_broker_fails_at_that_moment
                 raise ConnectionError("closed by the other side") from None
 
     class Broker(AsyncMemoryBroker):
-        def subscriber(self, listener: Listener) -> MemorySubscriber:
+        def subscriber(self, listener: Listener[Key]) -> MemorySubscriber[Key]:
             return Link(self._broker, listener)
 
     settings = Settings.build("memory://", environ={}, prefix=prefix)

@@ -379,6 +379,47 @@ def test_those_who_come_back_one_after_another_to_a_channel_in_use_cost_one_read
     on_a_world(scenario, clients=20, recovery_page_bytes=100_000)
 
 
+def test_what_comes_for_the_only_one_who_is_live_is_kept_for_those_who_come_back_too() -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, *clients) = world.channels, world.clients
+        await go_live(world, live)
+        start = live.positions[channel]
+        world.publish(channel)
+        await flow(world)
+        before = world.broker.read_count
+        for number, client in enumerate(clients):
+            client.positions[channel] = start
+            assert await go_live(world, client, start) == [
+                "subscribed True",
+                *(f"message {n}" for n in range(1, number + 2)),
+            ]
+            client.drop()
+            world.publish(channel)
+            await flow(world)
+        assert world.broker.read_count == before + 1
+        assert world.hub.publications_delivered == 1 + len(clients)
+
+    on_a_world(scenario, clients=6, recovery_page_bytes=100_000)
+
+
+def test_many_channels_of_one_client_each_go_out_in_slices_too_and_in_order() -> None:
+    async def scenario(world: World) -> None:
+        (client,) = world.clients
+        for channel in world.channels:
+            client.subscribe(channel, None)
+        await flow(world)
+        client.read()
+        for channels in (world.channels, world.channels[::-1]):
+            for channel in channels:
+                world.publish(channel)
+            world.broker.link.move_down(10)
+        assert len(frames(client)) == 6, "both of three channels; of the seven others even the first is to come"
+        await flow(world)
+        assert len(frames(client)) == 14
+
+    on_a_world(scenario, clients=1, channels=10, fan_out_slice=3)
+
+
 def test_a_window_is_no_way_around_a_loss() -> None:
     async def scenario(world: World) -> None:
         (channel,), (live, first, second, third) = world.channels, world.clients
@@ -826,7 +867,7 @@ def test_a_notice_does_not_overtake_the_fan_out_before_it() -> None:
         world.hub.on_presence = lambda _channel, _notice: told.append([c.queue.waiting_bytes > 0 for c in clients])
         world.publish(channel)
         world.broker.link.move_down(1)
-        world.hub.on_notice(channel, Notice("epoch", 1, True, "ada", b"null"))
+        world.hub.on_notice(world.hub._channels[channel], Notice("epoch", 1, True, "ada", b"null"))
         assert told == [[True] * 10]
 
     on_a_world(scenario, clients=10, fan_out_slice=3)

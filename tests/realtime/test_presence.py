@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.interface import Key, Listener
 from pubsub_mw.broker.memory import AsyncMemoryBroker, MemoryBroker, MemorySubscriber
 from pubsub_mw.broker.presence import Change, Notice, PresenceCall, Present, Verb
 from pubsub_mw.errors import BrokerUnavailable, ErrorCode, FrameError
@@ -26,16 +26,16 @@ pytestmark = pytest.mark.anyio
 ROOM = Channel("presence-room")
 
 
-class LossySubscriber(MemorySubscriber):
+class LossySubscriber(MemorySubscriber[Key]):
     """A pub/sub link that a test makes lose notices or commands, or hold notices back."""
 
     is_losing = False
     is_deaf = False
     held: list[tuple[str, Notice]] | None = None
 
-    def subscribe(self, channel: Channel) -> None:
+    def subscribe(self, channel: Channel, key: Key) -> None:
         if not self.is_deaf:
-            super().subscribe(channel)
+            super().subscribe(channel, key)
 
     def offer(self, channel: str, item: bytes | Notice) -> None:
         if isinstance(item, Notice) and self.held is not None:
@@ -55,7 +55,7 @@ class WeakBroker(AsyncMemoryBroker):
     def __init__(self, engine: MemoryBroker) -> None:
         super().__init__(engine)
         self.engine = engine
-        self.link: LossySubscriber | None = None
+        self.link: LossySubscriber[Any] | None = None
         self.is_down = False
         self.loses_answers = False
         self.waiting = 0  # answers that may not go yet
@@ -76,10 +76,10 @@ class WeakBroker(AsyncMemoryBroker):
             raise BrokerUnavailable("as the test wants")
         return answers
 
-    def subscriber(self, listener: Listener) -> LossySubscriber:
+    def subscriber(self, listener: Listener[Key]) -> LossySubscriber[Key]:
         self.engine.expect_endpoint()
-        self.link = LossySubscriber(self.engine, listener)
-        return self.link
+        self.link = link = LossySubscriber(self.engine, listener)
+        return link
 
 
 class Client:
@@ -134,7 +134,7 @@ class Server:
         self.presence = Presence(self.broker, self.hub, settings)
 
     @property
-    def link(self) -> LossySubscriber:
+    def link(self) -> LossySubscriber[Any]:
         assert self.broker.link is not None
         return self.broker.link
 

@@ -135,6 +135,28 @@ def test_a_track_takes_only_the_next(position: Position, offered: Publication, v
     track = Track(position)
     assert offer(track, offered) is verdict
     assert track.position == (offered.position if verdict is NEXT else position)
+    track = Track(position)
+    can_step = verdict is NEXT and not position.is_start
+    assert track.step(payload_of(offered)) == (offered.frame if can_step else b"")
+    assert track.position == (offered.position if can_step else position)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(b"e.3.t3 e.4.t4 abc \n{}", id="excludes somebody"),
+        pytest.param(b"e.3.t3 e.4.t4  r:1\n{}", id="is part of an answer"),
+        pytest.param(b"e.3.t3 e.4.t4 \n{}  \n", id="a field too few"),
+        pytest.param(b"e.3.t3 e.4.t4   \n{}", id="a field too many"),
+        pytest.param(b"e.3.t3 e.4.t4  ", id="no frame"),
+        pytest.param(b"", id="nothing"),
+    ],
+)
+def test_a_track_steps_over_nothing_that_is_not_for_everybody(payload: bytes) -> None:
+    track = Track(Position("e", 3, "t3"))
+    assert track.step(payload) == b""
+    assert track.position == Position("e", 3, "t3")
+    assert track.step(b"e.3.t3 e.4.t4  \n{}") == b"{}"
 
 
 def test_what_history_told_is_known_when_it_comes_live() -> None:

@@ -13,10 +13,10 @@ what a worker sees of the requests that `AsyncBroker.accept` stored. A request i
 answer is published at most once, because everything published for it carries an idempotency key (`answer_key`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pubsub_mw.broker.presence import Notice, PresenceCall, Present
 from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position, Request
@@ -26,6 +26,7 @@ __all__ = [
     "Accepted",
     "AsyncBroker",
     "Broker",
+    "Key",
     "Listener",
     "Offer",
     "Progress",
@@ -195,30 +196,36 @@ class Broker(Protocol):
         """Give connections back to the system."""
 
 
-class Listener(Protocol):
-    """What a `Subscriber` tells, always from the event loop, never concurrently."""
+Key = TypeVar("Key", bound=Hashable)
+_Key_contra = TypeVar("_Key_contra", bound=Hashable, contravariant=True)
 
-    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+
+class Listener(Protocol[Key]):
+    """What a `Subscriber` tells, always from the event loop, never concurrently. It names a channel by the key that
+    the listener has given with it.
+    """
+
+    def on_publications(self, arrived: Mapping[Key, Sequence[bytes]]) -> None:
         """Publications arrived, all that came at once: for each channel their payloads, as `codec` lays them out.
 
         *At most once*, in the order of the link within a channel; recovery is the listener's part, and so is finding
         out whether they are ours.
         """
 
-    def on_notice(self, channel: str, notice: Notice) -> None:
+    def on_notice(self, key: Key, notice: Notice) -> None:
         """A user came to the channel or went. *At most once*; numbers that are left out are the listener's part."""
 
-    def on_subscribed(self, channel: str) -> None:
+    def on_subscribed(self, key: Key) -> None:
         """From now on the channel's publications arrive. Again after each new link: what came between is to be read."""
 
     def on_lost(self) -> None:
         """The link broke: nothing arrives until `on_subscribed` is called again."""
 
 
-class Subscriber(Protocol):
+class Subscriber(Protocol[_Key_contra]):
     """One process's link to the broker's pub/sub. Wishes take effect later, in the order called."""
 
-    def subscribe(self, channel: Channel) -> None: ...
+    def subscribe(self, channel: Channel, key: _Key_contra) -> None: ...
 
     def unsubscribe(self, channel: Channel) -> None: ...
 
@@ -322,7 +329,7 @@ class AsyncBroker(Protocol):
             An answer for each, in order, or what went wrong with that one alone.
         """
 
-    def subscriber(self, listener: Listener) -> Subscriber:
+    def subscriber(self, listener: Listener[Key]) -> Subscriber[Key]:
         """Make a link that tells `listener`; the caller runs it."""
 
     async def close(self) -> None:

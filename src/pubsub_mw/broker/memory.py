@@ -18,9 +18,10 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic
 
 from pubsub_mw.broker.codec import decode, encode
-from pubsub_mw.broker.interface import Accepted, Listener, Offer, Progress, Taken, answer_key, end_key, part_key
+from pubsub_mw.broker.interface import Accepted, Key, Listener, Offer, Progress, Taken, answer_key, end_key, part_key
 from pubsub_mw.broker.memory_queue import MemoryRequests
 from pubsub_mw.broker.presence import Notice, PresenceCall, Present, Roster
 from pubsub_mw.model import START_TAG, Channel, ConnectionId, Draft, HistoryPage, Position, Request
@@ -90,7 +91,7 @@ class MemoryBroker:
         self._lock = threading.Lock()
         self._histories: dict[str, _History] = {}
         self._keys: dict[tuple[str, str], _Known] = {}
-        self._subscribers: list[MemorySubscriber] = []
+        self._subscribers: list[MemorySubscriber[Any]] = []
         self.requests = MemoryRequests(settings, self._lock)
         self._reports: dict[ConnectionId, bytes] = {}
         self._revoked: dict[str, dict[str, float]] = {}
@@ -299,15 +300,15 @@ class MemoryBroker:
         self._subscribers = []
         self._has_endpoint = False
 
-    def attach(self, subscriber: "MemorySubscriber") -> None:
+    def attach(self, subscriber: "MemorySubscriber[Any]") -> None:
         with self._lock:
             self._subscribers.append(subscriber)
 
-    def detach(self, subscriber: "MemorySubscriber") -> None:
+    def detach(self, subscriber: "MemorySubscriber[Any]") -> None:
         with self._lock:
             self._subscribers.remove(subscriber)
 
-    def collect(self, subscriber: "MemorySubscriber") -> _Arrived | None:
+    def collect(self, subscriber: "MemorySubscriber[Any]") -> _Arrived | None:
         """Return what was offered to a subscriber since it last asked; None = too much, and it is gone."""
         with self._lock:
             return subscriber.take()
@@ -349,13 +350,13 @@ class MemoryBroker:
         self.requests.sweep(now)
 
 
-class MemorySubscriber:
+class MemorySubscriber(Generic[Key]):
     """One event loop's link to a `MemoryBroker`."""
 
-    def __init__(self, broker: MemoryBroker, listener: Listener) -> None:
+    def __init__(self, broker: MemoryBroker, listener: Listener[Key]) -> None:
         self._broker = broker
         self._listener = listener
-        self._channels: set[str] = set()
+        self._keys: dict[str, Key] = {}  # by channel
         self._unconfirmed: set[str] = set()
         self._loop = asyncio.get_running_loop()
         self._is_up = False
@@ -366,13 +367,13 @@ class MemorySubscriber:
     def is_up(self) -> bool:
         return self._is_up
 
-    def subscribe(self, channel: Channel) -> None:
-        self._channels.add(channel)
+    def subscribe(self, channel: Channel, key: Key) -> None:
+        self._keys[channel] = key
         self._unconfirmed.add(channel)
         self._loop.call_soon(self._confirm_new, channel)
 
     def unsubscribe(self, channel: Channel) -> None:
-        self._channels.discard(channel)
+        self._keys.pop(channel, None)
 
     async def run(self) -> None:
         self._broker.attach(self)
@@ -416,7 +417,7 @@ class MemorySubscriber:
 
     def _relink(self) -> None:
         self._listener.on_lost()
-        for channel in list(self._channels):
+        for channel in list(self._keys):
             self._confirm(channel)
 
     def _confirm_new(self, channel: str) -> None:
@@ -425,9 +426,9 @@ class MemorySubscriber:
             self._confirm(channel)
 
     def _confirm(self, channel: str) -> None:
-        if self._is_up and channel in self._channels:
+        if self._is_up and channel in self._keys:
             self._unconfirmed.discard(channel)
-            self._listener.on_subscribed(channel)
+            self._listener.on_subscribed(self._keys[channel])
 
     def _deliver(self) -> None:
         """Hand on all that arrived since the last time, publications of one channel together."""
@@ -440,20 +441,21 @@ class MemorySubscriber:
             log.warning("more was published than this process could deliver; what is missing is read from history")
             self._relink()
             return
-        publications: dict[str, list[bytes]] = {}
+        publications: dict[Key, list[bytes]] = {}
         for channel, item in arrived:
-            if channel not in self._channels:
+            key = self._keys.get(channel)
+            if key is None:
                 continue
             if isinstance(item, bytes):
-                publications.setdefault(channel, []).append(item)
+                publications.setdefault(key, []).append(item)
             else:
                 # A notice keeps its place among the publications.
                 self._hand_on(publications)
                 publications = {}
-                self._listener.on_notice(channel, item)
+                self._listener.on_notice(key, item)
         self._hand_on(publications)
 
-    def _hand_on(self, publications: dict[str, list[bytes]]) -> None:
+    def _hand_on(self, publications: dict[Key, list[bytes]]) -> None:
         if publications:
             self._listener.on_publications(publications)
 
@@ -517,7 +519,7 @@ class AsyncMemoryBroker:
     async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
         return [self._broker.change_presence(call) for call in calls]
 
-    def subscriber(self, listener: Listener) -> MemorySubscriber:
+    def subscriber(self, listener: Listener[Key]) -> MemorySubscriber[Key]:
         self._broker.expect_endpoint()
         return MemorySubscriber(self._broker, listener)
 

@@ -95,6 +95,7 @@ class _Channel:
         "live",
         "name",
         "recent",
+        "sole",
         "track",
         "waiting",
         "window",
@@ -102,7 +103,9 @@ class _Channel:
 
     def __init__(self, name: Channel) -> None:
         self.name = name
-        self.live: dict[Subscription, SendQueue] = {}  # they have, or are about to get, everything up to `track`
+        # They have, or are about to get, everything up to `track`; changed by `go_live` and `leave` alone.
+        self.live: dict[Subscription, SendQueue] = {}
+        self.sole: SendQueue | None = None  # of the only one that is live
         self.waiting: dict[Subscription, None] = _NOBODY  # each at its own position; see `wait` and `wait_no_more`
         self.track: Track | None = None  # None until history was read for the first time
         self.is_confirmed = False  # the broker delivers this channel's publications to us
@@ -112,6 +115,17 @@ class _Channel:
         self.recent: list[bytes] | None = None  # what came live since the read under way began
         self.fan_out: _FanOut | None = None
         self.window: Window | None = None  # what was read last, while others may want the same
+
+    def go_live(self, subscription: Subscription) -> None:
+        self.live[subscription] = subscription.send_queue
+        self._note_sole()
+
+    def leave(self, subscription: Subscription) -> None:
+        self.live.pop(subscription, None)
+        self._note_sole()
+
+    def _note_sole(self) -> None:
+        self.sole = next(iter(self.live.values())) if len(self.live) == 1 else None
 
     def wait(self, subscription: Subscription) -> None:
         if self.waiting is _NOBODY:
@@ -194,7 +208,7 @@ class Hub:
         channel = self._channels.get(subscription.channel)
         if channel is None:
             channel = self._channels[subscription.channel] = _Channel(subscription.channel)
-            self._subscriber.subscribe(channel.name)
+            self._subscriber.subscribe(channel.name, channel)
         was_idle = self._idle.pop(channel, None) is not None
         self._unsettled[subscription] = asyncio.get_running_loop().time()
         channel.wait(subscription)
@@ -216,7 +230,7 @@ class Hub:
         subscription.settle(False)
         channel = self._channels.get(subscription.channel)
         if channel is not None:
-            channel.live.pop(subscription, None)
+            channel.leave(subscription)
             channel.wait_no_more(subscription)
             if not channel.live and not channel.waiting:
                 if channel.is_settled and self._settings.channel_linger:
@@ -232,37 +246,40 @@ class Hub:
 
     # What the broker's subscriber tells.
 
-    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+    def on_publications(self, arrived: Mapping[_Channel, Sequence[bytes]]) -> None:
         self._left = self._settings.fan_out_slice
-        for name, payloads in arrived.items():
-            channel = self._channels.get(name)
-            if channel is None:
-                continue
+        for channel, payloads in arrived.items():
+            track, sole = channel.track, channel.sole
             if channel.recent is not None and len(channel.recent) <= self._settings.recovery_buffer:
                 channel.recent += payloads
-            if channel.track is not None and not channel.is_stale:
-                self._offer(channel, channel.track, payloads)
+            if track is None or channel.is_stale:
+                continue
+            if sole is not None and len(payloads) == 1 and channel.fan_out is None and channel.window is None:
+                # Nearly all that arrives on many channels: one publication for one client, with nothing to share.
+                frame = track.step(payloads[0]) if self._left > 0 else b""
+                if frame:
+                    self._left -= 1
+                    self.publications_delivered += 1
+                    sole.put_nowait(frame)
+                    continue
+            self._offer(channel, track, payloads)
 
-    def on_notice(self, channel: str, notice: Notice) -> None:
-        found = self._channels.get(channel)
-        while found is not None and found.fan_out is not None:
-            self._slice(found, found.fan_out, len(found.fan_out.targets))  # what came before it goes out before it
-        self.on_presence(channel, notice)
+    def on_notice(self, channel: _Channel, notice: Notice) -> None:
+        while channel.fan_out is not None:
+            self._slice(channel, channel.fan_out, len(channel.fan_out.targets))  # what came before goes out before
+        self.on_presence(channel.name, notice)
 
-    def on_subscribed(self, channel: str) -> None:
-        found = self._channels.get(channel)
-        if found is None:
-            return
-        self.on_presence(channel, None)
-        found.is_confirmed = True
-        found.doubts += 1
-        if found.track is None and all(subscription.is_fresh for subscription in found.waiting):
-            found.track = Track(Position.start())
-            for subscription in list(found.waiting):
-                self._join(found, subscription, found.track.position)
+    def on_subscribed(self, channel: _Channel) -> None:
+        self.on_presence(channel.name, None)
+        channel.is_confirmed = True
+        channel.doubts += 1
+        if channel.track is None and all(subscription.is_fresh for subscription in channel.waiting):
+            channel.track = Track(Position.start())
+            for subscription in list(channel.waiting):
+                self._join(channel, subscription, channel.track.position)
         else:
-            found.is_stale = found.track is not None
-            self._want(found)
+            channel.is_stale = channel.track is not None
+            self._want(channel)
 
     def on_lost(self) -> None:
         for channel in self._channels.values():
@@ -397,7 +414,7 @@ class Hub:
         """Make a waiting subscription live; it has been sent everything up to the channel's track."""
         self._begin(subscription, position, None if subscription.position is None else True)
         channel.wait_no_more(subscription)
-        channel.live[subscription] = subscription.send_queue
+        channel.go_live(subscription)
         subscription.joined_at = subscription.joined_at or position
         subscription.position = position
         self._unsettled.pop(subscription, None)
@@ -565,7 +582,7 @@ class Hub:
         if not publications:
             return
         for subscription in [item for item, send_queue in channel.live.items() if not send_queue.is_low]:
-            del channel.live[subscription]
+            channel.leave(subscription)
             channel.wait(subscription)
             subscription.position = position
         self._fan_out(channel, runs_of(publications))

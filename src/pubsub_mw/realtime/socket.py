@@ -163,7 +163,11 @@ class Socket(SendQueue, asyncio.Protocol):
     # Out.
 
     def put_nowait(self, frame: bytes) -> None:
-        self._put(websocket_frame(frame))
+        data = websocket_frame(frame)
+        if self._is_direct and not self._is_paused:
+            self._transport.write(data)
+        else:
+            self._put(data)
 
     def put_batch(self, batch: Batch) -> None:
         if self._is_direct and not self._is_paused:

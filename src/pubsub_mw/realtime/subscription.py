@@ -141,6 +141,17 @@ class Track:
             self._position = Position.parse(self._at.decode())
         return self._position
 
+    def step(self, payload: bytes) -> bytes:
+        """Advance over one that is exactly the next and for everybody, and return its frame; else b""."""
+        try:
+            previous, position, exclude, reply, frame = split(payload)
+        except ValueError:
+            return b""
+        if previous != self._at or exclude or reply:
+            return b""
+        self._at, self._position, self._from_history = position, None, None
+        return frame
+
     def advance(self, payloads: Sequence[bytes]) -> tuple[list[Run], bool]:
         """Advance over those that are exactly the next; what was sent from history already is left out.
 

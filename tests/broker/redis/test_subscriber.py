@@ -98,7 +98,7 @@ async def test_a_handshake_that_is_never_answered_is_given_up_too(
     broker = open_async_broker(settings)
     recorder = Recorder()
     subscriber = broker.subscriber(recorder)
-    subscriber.subscribe(ROOM)
+    subscriber.subscribe(ROOM, ROOM)
     task = asyncio.create_task(subscriber.run())
     await eventually_async(lambda: proxy.accepted >= 2)
     proxy.pass_through()
@@ -127,7 +127,7 @@ async def test_wishes_made_while_the_link_is_down_count_when_it_is_back(
         proxy.reset()
         await eventually_async(lambda: "lost" in recorder.told)
         recorder.subscriber.unsubscribe(ROOM)
-        recorder.subscriber.subscribe(Channel("third"))
+        recorder.subscriber.subscribe(Channel("third"), "third")
         proxy.accept()
         await recorder.confirmed(NEWS, "third")
         names = own_redis.cli("PUBSUB", "CHANNELS", "pubsub:{*")
@@ -193,7 +193,7 @@ async def test_a_user_who_may_not_subscribe_is_no_end_of_the_link(own_redis: Red
     broker = open_async_broker(settings)
     recorder = Recorder()
     subscriber = broker.subscriber(recorder)
-    subscriber.subscribe(ROOM)
+    subscriber.subscribe(ROOM, ROOM)
     task = asyncio.create_task(subscriber.run())
     await eventually_async(lambda: recorder.told.count("lost") >= 2)
     assert not subscriber.is_up
@@ -221,7 +221,7 @@ async def test_a_subscriber_ends_whenever_it_is_cancelled(own_redis: RedisServer
     for turns in range(60):
         broker = open_async_broker(settings)
         subscriber = broker.subscriber(Recorder())
-        subscriber.subscribe(ROOM)
+        subscriber.subscribe(ROOM, ROOM)
         task = asyncio.create_task(subscriber.run())
         for _ in range(turns):
             await asyncio.sleep(0)

@@ -129,7 +129,7 @@ async def _round_trip(broker: AsyncRedisBroker, settings: Settings) -> Finding:
     link = asyncio.create_task(subscriber.run())
     try:
         async with asyncio.timeout(settings.broker_timeout):
-            subscriber.subscribe(channel)
+            subscriber.subscribe(channel, channel)
             await listener.subscribed.wait()
             times = []
             for _ in range(_ROUND_TRIPS):
@@ -163,15 +163,15 @@ class _Ear:
         self.subscribed = asyncio.Event()
         self.heard: asyncio.Queue[Any] = asyncio.Queue(_ROUND_TRIPS)
 
-    def on_publications(self, arrived: Mapping[str, Sequence[bytes]]) -> None:
+    def on_publications(self, arrived: Mapping[Channel, Sequence[bytes]]) -> None:
         for payloads in arrived.values():
             for payload in payloads:
                 self.heard.put_nowait(payload)
 
-    def on_notice(self, channel: str, notice: Notice) -> None:
+    def on_notice(self, key: Channel, notice: Notice) -> None:
         """Nobody is on this channel."""
 
-    def on_subscribed(self, channel: str) -> None:  # noqa: ARG002 - one channel only
+    def on_subscribed(self, key: Channel) -> None:  # noqa: ARG002 - one channel only
         self.subscribed.set()
 
     def on_lost(self) -> None:

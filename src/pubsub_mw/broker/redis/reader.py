@@ -15,7 +15,7 @@ from typing import Any
 import redis
 from redis.asyncio.connection import Connection
 
-from pubsub_mw.broker.interface import Acceptance, Accepted, Listener, Offer, answer_key
+from pubsub_mw.broker.interface import Acceptance, Accepted, Key, Listener, Offer, answer_key
 from pubsub_mw.broker.presence import PresenceCall, Present
 from pubsub_mw.broker.redis.scripts import Call, Scripts, pack
 from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
@@ -185,7 +185,7 @@ class AsyncRedisBroker:
         except ValueError as error:
             return error
 
-    def subscriber(self, listener: Listener) -> RedisSubscriber:
+    def subscriber(self, listener: Listener[Key]) -> RedisSubscriber[Key]:
         """Make the process's pub/sub link; the caller runs it."""
         return RedisSubscriber(self._settings, listener, self.command)
 

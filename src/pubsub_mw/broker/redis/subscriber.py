@@ -20,8 +20,8 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, cast
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Any, Generic, NoReturn, cast
 
 import hiredis
 import redis
@@ -29,7 +29,7 @@ from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from pubsub_mw.broker.interface import Listener
+from pubsub_mw.broker.interface import Key, Listener
 from pubsub_mw.broker.presence import decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
 from pubsub_mw.broker.redis.publisher import connection_factory
@@ -46,6 +46,9 @@ _FIRST_DELAY, _LAST_DELAY = 0.05, 1.0
 """Seconds between attempts to connect; doubled each time, with full jitter."""
 
 _NAMES_PER_COMMAND = 1_000
+
+_FEED_BYTES = 8_192
+"""hiredis moves up all that it has left each time it has used a KB: of 256 KB at once, that is most of its work."""
 
 
 def new_connection(settings: Settings) -> Connection:
@@ -68,14 +71,14 @@ class _Link(asyncio.Protocol):
     """The socket to Redis, once it is connected.
 
     Args:
-        receive: called when something arrived, with what returns the next whole reply, or False if there is none
+        receive: called when something arrived, with the replies that are whole now
 
     Attributes:
         ended: gets an exception when the link is gone
         is_writable: unset while Redis takes nothing more
     """
 
-    def __init__(self, transport: asyncio.Transport, receive: Callable[[Callable[[], Any]], None]) -> None:
+    def __init__(self, transport: asyncio.Transport, receive: Callable[[Iterable[Any]], None]) -> None:
         self.transport = transport
         self.ended: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self.is_writable = asyncio.Event()
@@ -94,10 +97,16 @@ class _Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            self._reader.feed(data)
-            self._receive(self._reader.gets)
+            self._receive(self._replies(data))
         except Exception as problem:  # noqa: BLE001 - whatever it is, the owner of the link sees it
             self.end(problem)
+
+    def _replies(self, data: bytes) -> Iterator[Any]:
+        feed, next_reply = self._reader.feed, self._reader.gets
+        for start in range(0, len(data), _FEED_BYTES):
+            feed(data[start : start + _FEED_BYTES])
+            while (reply := next_reply()) is not False:
+                yield reply
 
     def pause_writing(self) -> None:
         self.is_writable.clear()
@@ -115,16 +124,16 @@ class _Link(asyncio.Protocol):
             self.ended.set_exception(problem)
 
 
-class RedisSubscriber:
+class RedisSubscriber(Generic[Key]):
     """The link. `run` owns it; the other methods note what is wanted and wake its writer."""
 
-    def __init__(self, settings: Settings, listener: Listener, command: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, settings: Settings, listener: Listener[Key], command: Callable[..., Awaitable[Any]]) -> None:
         self._settings = settings
         self._listener = listener
         self._command = command
         self._keyspace = Keyspace(settings.prefix)
         self._probe_channel = self._keyspace.probe(secrets.token_hex(8)).encode()
-        self._channels: dict[bytes, Channel] = {}  # by the name of their pub/sub channel
+        self._keys: dict[bytes, Key] = {}  # by the name of the pub/sub channel
         self._commands: list[tuple[bytes, bytes]] = []  # wanted changes not yet sent, in order
         self._wake = asyncio.Event()
         self._link: _Link | None = None
@@ -135,18 +144,18 @@ class RedisSubscriber:
     def is_up(self) -> bool:
         return self._link is not None and self._heard_at > self._linked_at
 
-    def subscribe(self, channel: Channel) -> None:
+    def subscribe(self, channel: Channel, key: Key) -> None:
         name = self._keyspace.live(channel).encode()
-        self._channels[name] = channel
+        self._keys[name] = key
         self._request(b"SUBSCRIBE", name)
 
     def unsubscribe(self, channel: Channel) -> None:
         name = self._keyspace.live(channel).encode()
-        self._channels.pop(name, None)
+        self._keys.pop(name, None)
         self._request(b"UNSUBSCRIBE", name)
 
     def _request(self, command: bytes, name: bytes) -> None:
-        # While there is no link nothing is noted: a new one begins with all of `_channels`.
+        # While there is no link nothing is noted: a new one begins with all of `_keys`.
         if self._link is not None:
             self._commands.append((command, name))
             self._wake.set()
@@ -208,7 +217,7 @@ class RedisSubscriber:
         self._link = link = _Link(cast(asyncio.Transport, writer.transport), self._receive)
         if self._is_paused:
             link.pause_reading()
-        self._commands = [(b"SUBSCRIBE", name) for name in (self._probe_channel, *self._channels)]
+        self._commands = [(b"SUBSCRIBE", name) for name in (self._probe_channel, *self._keys)]
         self._linked_at = self._heard_at = asyncio.get_running_loop().time()
         self._wake.set()
         return link
@@ -236,23 +245,23 @@ class RedisSubscriber:
                 start = end
             del commands  # not kept until the next wish
 
-    def _receive(self, next_reply: Callable[[], Any]) -> None:
+    def _receive(self, replies: Iterable[Any]) -> None:
         """Hand on all that has arrived, publications of one channel together."""
-        channels, listener = self._channels, self._listener
-        arrived: dict[str, list[bytes]] = {}
-        while (reply := next_reply()) is not False:
+        keys, listener = self._keys, self._listener
+        arrived: dict[Key, list[bytes]] = {}
+        for reply in replies:
             if isinstance(reply, Exception):
                 raise reply  # Redis refuses, as where a user may not subscribe
             kind, name, payload = reply
-            channel = channels.get(name)
-            if kind == b"message" and channel is not None and not payload.startswith(b"!"):
-                waiting = arrived.get(channel)
+            key = keys.get(name)
+            if kind == b"message" and key is not None and not payload.startswith(b"!"):
+                waiting = arrived.get(key)
                 if waiting is None:
-                    arrived[channel] = [payload]
+                    arrived[key] = [payload]
                 else:
                     waiting.append(payload)
                 continue
-            if channel is None:
+            if key is None:
                 if name == self._probe_channel and kind == b"message":
                     self._heard_at = asyncio.get_running_loop().time()
                 continue
@@ -261,19 +270,19 @@ class RedisSubscriber:
                 listener.on_publications(arrived)
                 arrived = {}
             if kind == b"message":
-                self._notice(channel, payload)
+                self._notice(key, name, payload)
             elif kind == b"subscribe":
-                listener.on_subscribed(channel)
+                listener.on_subscribed(key)
         if arrived:
             listener.on_publications(arrived)
 
-    def _notice(self, channel: Channel, payload: bytes) -> None:
+    def _notice(self, key: Key, name: bytes, payload: bytes) -> None:
         try:
             notice = decode_notice(payload)
         except ValueError as error:
-            log.error("ignored %d foreign bytes on the Redis channel of %s: %s", len(payload), channel, error)
+            log.error("ignored %d foreign bytes on the Redis channel %s: %s", len(payload), name.decode(), error)
             return
-        self._listener.on_notice(channel, notice)
+        self._listener.on_notice(key, notice)
 
     async def _probe(self) -> NoReturn:
         loop = asyncio.get_running_loop()
