@@ -2,22 +2,27 @@
 
     python -m benchmarks.publishing [--count 5000]
 
-CPU time is this process's own, of one thread, with Redis on the other core. A round trip is one read by Redis from the
+CPU time is this process's own, of one thread, with Redis on the other core; and that of Redis, for publications to
+1,000 channels in turn, each with a full history and one listener. A round trip is one read by Redis from the
 application's connection, as Redis counts them (`total_reads_processed`).
 """
 
 import argparse
+import itertools
 import json
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import redis
 
 from benchmarks.loadgen import BUILD, PAYLOAD_BYTES
-from benchmarks.servers import MEASURED, OTHERS
+from benchmarks.servers import MEASURED, OTHERS, resp
 from pubsub_mw import Publisher, PubSub
 from tests.tools.redis_server import RedisServer
 
@@ -37,7 +42,7 @@ def main() -> None:
     os.sched_setaffinity(0, {OTHERS})
     with RedisServer() as broker, redis.Redis(port=broker.port) as client:
         os.sched_setaffinity(0, {MEASURED})
-        rows = cpu_times(broker, client, options.count) | round_trips(broker, client)
+        rows = cpu_times(broker, client, options.count) | redis_times(broker, client) | round_trips(broker, client)
     BUILD.mkdir(exist_ok=True)
     (BUILD / "publishing.json").write_text(json.dumps(rows, indent=1))
     for name, value in rows.items():
@@ -62,6 +67,51 @@ def cpu_times(broker: RedisServer, client: "redis.Redis", count: int) -> dict[st
             act()
         found[name] = (time.process_time() - began) / (count // each * each) * 1e6
     return found
+
+
+def redis_times(broker: RedisServer, client: "redis.Redis", count: int = 20_000) -> dict[str, float]:
+    """Microseconds of Redis's CPU for one publication, by how many there are in one round trip, and with keys."""
+    publisher = Publisher(broker.url, secret=_SECRET)
+    names = itertools.cycle([f"bench:{number}" for number in range(1_000)])
+    numbers = itertools.count()
+
+    def spent() -> float:
+        used = client.info("cpu")
+        return float(used["used_cpu_user"] + used["used_cpu_sys"])
+
+    def publish(each: int, *, has_key: bool = False) -> float:
+        before = spent()
+        for _ in range(count // each):
+            items = [{"channel": next(names), "data": _TEXT} for _ in range(each)]
+            if has_key:
+                items = [{**item, "idempotency_key": str(next(numbers))} for item in items]
+            publisher.many(items)
+        return (spent() - before) / (count // each * each) * 1e6
+
+    for _ in range(6):
+        publish(100)
+    with listening(broker, [f"pubsub:{{{next(names)}}}:p" for _ in range(1_000)]):
+        found = {f"Redis, {each} in one round trip, µs of its CPU each": publish(each) for each in (1, 10, 100)}
+        return found | {"Redis, 100 in one round trip, with keys": publish(100, has_key=True)}
+
+
+@contextmanager
+def listening(broker: RedisServer, names: list[str]) -> Iterator[None]:
+    """Take what comes on pub/sub channels, and look at nothing."""
+
+    def take() -> None:
+        while link.recv(1 << 20):
+            pass
+
+    with socket.create_connection(("127.0.0.1", broker.port)) as link:
+        link.sendall(resp("SUBSCRIBE", *names))
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield
+        finally:
+            link.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def round_trips(broker: RedisServer, client: "redis.Redis") -> dict[str, float]:

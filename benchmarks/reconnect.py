@@ -4,11 +4,12 @@
 
 Beside it, in turn, the same clients without positions. Each client that comes back has missed `--missed` publications,
 which it must get, in order, before it counts as caught up; meanwhile each channel is published to, once a second.
-Counted in Redis: the reads of history (`XRANGE`) and all script calls.
+Counted in Redis: the reads of history (`LRANGE`) and all script calls.
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from benchmarks.loadgen import BUILD, PAYLOAD_BYTES, Server, drive
 from benchmarks.scenarios import wait_until_quiet
 from benchmarks.servers import ALONE, commands_of, ours, publisher_of, take_core
 from pubsub_mw import Publisher
+from pubsub_mw.broker.redis.scripts import PUBLICATIONS_PER_CALL
 
 __all__ = ["main"]
 
@@ -110,7 +112,8 @@ def measure(server: Server, channels: Channels, options: argparse.Namespace, is_
             said = drive(server, *arguments)
         after = commands_of(server)
     wait_until_quiet(server)
-    scripts = after["evalsha"] - before["evalsha"] - (channels.sequence - sequence) * options.channels
+    calls_of_publishing = math.ceil(options.channels / PUBLICATIONS_PER_CALL)
+    scripts = after["evalsha"] - before["evalsha"] - (channels.sequence - sequence) * calls_of_publishing
     return {
         "with_positions": is_resuming,
         "clients": options.clients,
@@ -119,7 +122,7 @@ def measure(server: Server, channels: Channels, options: argparse.Namespace, is_
         "missed": options.missed,
         "seconds": said["caught_up_seconds"],
         "connect_seconds": said["connect_seconds"],
-        "history_reads": after.get("xrange", 0) - before.get("xrange", 0),
+        "history_reads": after.get("lrange", 0) - before.get("lrange", 0),
         "script_calls": scripts,
         "connect_p99_ms": said["connect_ms"]["p99"],
     }

@@ -193,7 +193,8 @@ def ours(command: str = "", workers: int = 1, cores: str = str(MEASURED), **sett
 
 def _publish_command(settings: Settings, payload: str) -> bytes:
     draft = dataclasses.replace(build_draft(settings, f"bench:{CHANNEL}", payload), tag=TAG)
-    return resp(*Scripts(settings).publish(draft, is_retry=False).by_digest())
+    (call,) = Scripts(settings).publish([draft], is_retry=False)
+    return resp(*call.by_digest())
 
 
 def _command_line(pid: int) -> bytes:

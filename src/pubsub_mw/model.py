@@ -185,7 +185,7 @@ class Draft:
         exclude: the connection that shall not get it, or ""
         idempotency_key: a publication with the same key within `idempotency_ttl` seconds, of a part of an answer
             within `claim_ttl`, is not published again; "" = none
-        history_size: how many publications the channel keeps from now on (>= 1)
+        history_size: how many publications the channel keeps from now on (>= 1), and an eighth more at most
         is_kept: whether this one is among them; its offset is used up either way
     """
 

@@ -191,6 +191,17 @@ def test_many_are_published_in_order_over_channels(broker: Broker, make: Make) -
     assert [position.tag for position in positions] == [item.tag for item in drafts]
 
 
+def test_any_number_is_published_in_order_and_in_one_go(make: Make) -> None:
+    settings = make(history_size=300)
+    broker = open_broker(settings)
+    drafts = [draft(settings, (ROOM, NEWS, Channel("b"))[number % 3], number) for number in range(400)]
+    positions = broker.publish(drafts)
+    assert [position.tag for position in positions] == [item.tag for item in drafts]
+    assert [position.offset for position in positions] == [1 + number // 3 for number in range(400)]
+    assert data_of(read(settings, ROOM, 0).publications) == list(range(0, 400, 3))
+    broker.close()
+
+
 def test_the_secret_is_made_once(broker: Broker, make: Make) -> None:
     secret = broker.secret()
     assert len(secret) >= 32

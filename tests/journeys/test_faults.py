@@ -216,7 +216,7 @@ def test_a_single_key_that_is_evicted_is_told_or_does_no_harm(stage: Stage, lost
             for client in fleet[::2]:
                 await client.stop()
             await publishing.more(20)
-            key = f"{stage.prefix}:{{room:1}}:{'s' if lost == 'history' else 'm'}"
+            key = f"{stage.prefix}:{{room:1}}{':h' if lost == 'history' else ''}"
             assert await asyncio.to_thread(stage.redis.cli, "DEL", key) == 1
             await publishing.more(30)
             for client in fleet[::2]:

@@ -468,7 +468,7 @@ async def test_what_was_ended_and_is_no_longer_in_the_control_channels_history_e
     proxy.reset()
     await world.say("disconnect", user="7")
     await world.say("disconnect", user="9")
-    redis_server.cli("DEL", f"{world.options['prefix']}:{{#control}}:s")
+    redis_server.cli("DEL", f"{world.options['prefix']}:{{#control}}:h")
     proxy.accept()
     assert (await client.closed())[0] == DISCONNECTED
     await stays.send({"type": "subscribe", "channel": "room"})

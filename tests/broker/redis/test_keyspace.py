@@ -82,7 +82,9 @@ def test_the_channel_is_read_back_from_the_name_of_its_pubsub_channel(prefix: st
     assert keyspace.channel_of(keyspace.live(channel).encode()) == channel
 
 
-@pytest.mark.parametrize("live", [b"", b"p:", b"p:{a}:m", b"q:{a}:p", b"p:{a:p", b"p:a}:p", b"p:probe:1", b"p:secret"])
+@pytest.mark.parametrize(
+    "live", [b"", b"p:", b"p:{a}", b"p:{a}:h", b"q:{a}:p", b"p:{a:p", b"p:a}:p", b"p:probe:1", b"p:secret"]
+)
 def test_no_other_name_is_taken_for_a_channel(live: bytes) -> None:
     assert Keyspace("p").channel_of(live) is None
 

@@ -19,9 +19,12 @@ import pytest
 import redis
 
 from pubsub_mw.broker.engines import open_async_broker
+from pubsub_mw.broker.redis.publisher import RedisBroker
+from pubsub_mw.broker.redis.scripts import Scripts
 from pubsub_mw.errors import BrokerUnavailable, PublishError
 from pubsub_mw.model import Channel, HistoryPage, Position
 from pubsub_mw.publisher import AsyncPublisher, Publisher
+from tests.broker.follow import draft
 from tests.tools.clock import MS, eventually
 from tests.tools.redis_server import RedisServer
 from tests.tools.tcp_proxy import TcpProxy
@@ -396,13 +399,13 @@ def test_scripts_that_redis_forgot_are_sent_again(own_redis: RedisServer) -> Non
     publisher.close()
 
 
-@pytest.mark.parametrize("key", ["m", "s"])
+@pytest.mark.parametrize("key", ["", ":h"])
 def test_a_channel_that_lost_one_of_its_keys_starts_anew_or_goes_on(own_redis: RedisServer, key: str) -> None:
     publisher = Publisher(own_redis.url)
     before = publisher.publish(ROOM, "old")
-    own_redis.cli("DEL", f"pubsub:{{{ROOM}}}:{key}")
+    own_redis.cli("DEL", f"pubsub:{{{ROOM}}}{key}")
     after = publisher.publish(ROOM, "new")
-    if key == "m":
+    if not key:
         assert after.offset == 1
         assert after.epoch != before.epoch
     else:
@@ -413,14 +416,107 @@ def test_a_channel_that_lost_one_of_its_keys_starts_anew_or_goes_on(own_redis: R
 
 def test_foreign_values_under_our_keys_are_a_publish_error(redis_server: RedisServer, prefix: str) -> None:
     publisher = Publisher(redis_server.url, prefix=prefix)
-    redis_server.cli("SET", f"{prefix}:{{a}}:m", "foreign")
+    redis_server.cli("SET", f"{prefix}:{{a}}", "foreign")
     redis_server.cli("SET", f"{prefix}:{{b}}:i:k", "foreign")
-    redis_server.cli("HSET", f"{prefix}:{{c}}:m", "e", "not an epoch", "o", "x", "t", "")
-    for channel, key in (("a", None), ("b", "k"), ("c", None)):
+    redis_server.cli("HSET", f"{prefix}:{{c}}", "not", "a position")
+    redis_server.cli("SET", f"{prefix}:{{d}}", "not an epoch.1.t")
+    redis_server.cli("SET", f"{prefix}:{{e}}", "e.1.t")
+    redis_server.cli("SET", f"{prefix}:{{e}}:h", "not a list")
+    for channel, key in (("a", None), ("b", "k"), ("c", None), ("d", None), ("e", None)):
         with pytest.raises(PublishError):
             publisher.publish(channel, 1, idempotency_key=key)
-    assert publisher.publish("d", 1).offset == 1
+    assert publisher.publish("f", 1).offset == 1
     publisher.close()
+
+
+def test_a_channel_that_cannot_be_published_to_does_not_keep_the_others_from_it(own_redis: RedisServer) -> None:
+    publisher = Publisher(own_redis.url)
+    own_redis.cli("HSET", "pubsub:{wrong}", "a", "hash")
+    own_redis.cli("SET", "pubsub:{odd}", "foreign")
+    for channel, reason in (("wrong", "WRONGTYPE"), ("odd", "arithmetic")):
+        with pytest.raises(PublishError, match=reason):
+            publisher.many([(ROOM, 1), (channel, 2), (ROOM, 3), ("news", 4)])
+    assert data_of(own_redis.url) == [1, 3, 1, 3]
+    assert data_of(own_redis.url, Channel("news")) == [4, 4]
+    publisher.close()
+
+
+def test_a_redis_that_is_full_takes_nothing_of_many_and_uses_no_offset_up(own_redis: RedisServer) -> None:
+    publisher = Publisher(own_redis.url)
+    before = publisher.publish(ROOM, "before")
+    # History without its position: what is to be deleted before the channel is published to.
+    own_redis.cli("RPUSH", "pubsub:{new}:h", "old")
+    own_redis.cli("CONFIG", "SET", "maxmemory", 1)
+    for items in ([(ROOM, 1)], [(ROOM, 1), ("other", 2)], [("other", 2), (ROOM, 1)]):
+        with pytest.raises(PublishError, match="maxmemory"):
+            publisher.many(items)
+    own_redis.cli("CONFIG", "SET", "maxmemory", 0)
+    assert publisher.position(ROOM) == before
+    assert publisher.publish(ROOM, "after").offset == 2
+    assert [publisher.publish(channel, 0).offset for channel in ("other", "new")] == [1, 1]
+    assert data_of(own_redis.url, Channel("new")) == [0]
+    publisher.close()
+
+
+def test_history_is_trimmed_before_it_is_an_eighth_too_long(own_redis: RedisServer) -> None:
+    publisher = Publisher(own_redis.url, history_size=80)
+    lengths = set()
+    for number in range(300):
+        publisher.publish(ROOM, number)
+        lengths.add(int(own_redis.cli("LLEN", f"pubsub:{{{ROOM}}}:h")))
+        assert data_of(own_redis.url)[-80:] == list(range(max(0, number - 79), number + 1))
+    assert max(lengths) == 90
+    publisher.publish(ROOM, 300, history=10)
+    assert data_of(own_redis.url) == list(range(291, 301))
+    publisher.close()
+
+
+def test_offsets_count_on_beyond_what_is_written_with_an_exponent(own_redis: RedisServer) -> None:
+    publisher = Publisher(own_redis.url)
+    for offset in (10**14 - 1, 10**15, 2**53 - 2):
+        own_redis.cli("SET", f"pubsub:{{{ROOM}}}", f"epoch.{offset}.tag")
+        own_redis.cli("DEL", f"pubsub:{{{ROOM}}}:h")
+        assert publisher.publish(ROOM, 1).offset == offset + 1
+        assert publisher.position(ROOM).offset == offset + 1
+        assert data_of(own_redis.url) == [1]
+    publisher.close()
+
+
+@pytest.mark.parametrize("key", ["k", " k 1\n2 3 ", "\0", "ü" * 100])
+def test_an_idempotency_key_may_be_any_text(key: str, own_redis: RedisServer) -> None:
+    publisher = Publisher(own_redis.url)
+    first = publisher.publish(ROOM, 1, idempotency_key=key)
+    assert publisher.publish(ROOM, 2, idempotency_key=key) == first
+    assert publisher.many([{"channel": ROOM, "data": 2, "idempotency_key": key}] * 2) == [first, first]
+    assert publisher.publish(ROOM, 2, idempotency_key=key + "0").offset == 2
+    publisher.close()
+
+
+def test_no_script_call_publishes_so_much_that_others_wait_for_it(own_redis: RedisServer) -> None:
+    publisher = Publisher(own_redis.url)
+    scripts = Scripts(publisher.settings)
+    for size, count, calls in ((1, 200, 4), (30_000, 6, 2), (100_000, 3, 3), (1, 1, 1), (1, 0, 0)):
+        drafts = [draft(publisher.settings, ROOM, "x" * size) for _ in range(count)]
+        assert len(scripts.publish(drafts, is_retry=False)) == calls
+        tags = [position.tag for position in publisher.publish_drafts(drafts)]
+        assert tags == [item.tag for item in drafts]
+    publisher.close()
+
+
+def test_an_epoch_that_was_lost_is_not_begun_again_by_a_second_try(own_redis: RedisServer) -> None:
+    settings = Publisher(own_redis.url).settings
+    broker, scripts, item = RedisBroker(settings), Scripts(settings), draft(settings, ROOM)
+
+    def publish(*, is_retry: bool) -> Position:
+        return Scripts.positions_from(broker.run(lambda _: scripts.publish([item], is_retry=is_retry)))[0]
+
+    first = publish(is_retry=False)
+    assert publish(is_retry=True) == first
+    own_redis.cli("FLUSHALL")
+    again = publish(is_retry=True)
+    assert (again.offset, again.tag) == (first.offset, first.tag)
+    assert again.epoch != first.epoch
+    broker.close()
 
 
 @pytest.mark.parametrize(

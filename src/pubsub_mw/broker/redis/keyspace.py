@@ -23,12 +23,12 @@ class Keyspace:
         self._live_suffix = b"}:p"
 
     def position(self, channel: Channel) -> str:
-        """Hash: e (epoch), o (offset), t (tag)."""
-        return f"{self.prefix}:{{{channel}}}:m"
+        """String: the position. `publish.lua` puts `:h`, `:p` and `:i:` after it for the next three."""
+        return f"{self.prefix}:{{{channel}}}"
 
     def history(self, channel: Channel) -> str:
-        """Stream: entry `<offset>-0`, field p (payload)."""
-        return f"{self.prefix}:{{{channel}}}:s"
+        """List: payloads, the newest last; that is the one of the position."""
+        return f"{self.prefix}:{{{channel}}}:h"
 
     def live(self, channel: Channel) -> str:
         """Pub/sub channel; carries payloads."""

@@ -1,50 +1,68 @@
--- Append a publication to its channel and deliver it, in one step.
+-- Append publications to their channels and deliver them, in one step. The first line, which `scripts.py` writes, says
+-- what is the same for all: `history_ttl` and `position_ttl`, ms, and `tail`, what closes a frame after its position.
 --
--- KEYS  1 position of the channel: hash of e (epoch), o (offset), t (tag)
---       2 history: stream, entry id <offset>-0, field p = the payload, or its first line where it is not kept
---       3 pub/sub channel
---       4 idempotency key -> position, " " and the number of the part if it is one (optional)
--- ARGV  1 epoch for a channel that has none    2 tag              3 frame up to its position  4 frame after it
---       5 "<exclude> <reply>", either empty  6 history size     7 "1" = keep it in history
---       8 history ttl, ms   9 position ttl, ms   10 idempotency ttl, ms   11 "1" = an earlier try may have arrived
---       12 number of the part under its key, or "0"
--- Returns the position as text. The payload is laid out as `codec.py` says.
+-- KEYS  of each publication: the position of its channel, a string; after it are named
+--         :h  history: list, the newest last; payloads, or a payload's first line where it is not kept
+--         :p  pub/sub channel
+--         :i:<idempotency key>  string: position, " " and the number of the part if it is one
+-- ARGV  1 "" or, if an earlier try may have arrived, the epoch for a channel that has none; else that is the tag
+--       then five of each publication: tag, frame up to its position, "<exclude> <reply>", either empty,
+--       history size, with "-" before it if this one is not kept, and
+--       "" or "<number of the part under its key, or 0> <idempotency ttl, ms> <idempotency key>"
+-- Returns the position as text; of several an array, or the first error when all have been tried. The payload is laid
+-- out as `codec.py` says.
 
-if KEYS[4] then
-  local known = redis.call('GET', KEYS[4])
-  if known and tonumber(string.match(known, ' (%d+)$') or 0) >= tonumber(ARGV[12]) then
-    return string.match(known, '^%S*')
+local call, format, match = redis.call, string.format, string.match
+
+local function publish(place, tag, head, about, size, once)
+  local part, ttl, key
+  if once ~= '' then
+    part, ttl, key = match(once, '^(%d+) (%d+) (.*)$')
+    key = place .. ':i:' .. key
+    local known = call('GET', key)
+    if known and tonumber(match(known, ' (%d+)$') or 0) >= tonumber(part) then return match(known, '^%S*') end
   end
-end
 
-local place = redis.call('HMGET', KEYS[1], 'e', 'o', 't')
-local epoch, offset, previous = place[1], place[2], place[3]
-if not epoch then
-  -- A stream that outlived its position belongs to an epoch nobody can name any more.
-  epoch, offset, previous = ARGV[1], '0', '0'
-  redis.call('DEL', KEYS[2])
-elseif ARGV[11] == '1' then
-  local mark = '.' .. ARGV[2]
-  for _, entry in ipairs(redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1000)) do
-    local payload = entry[2][2]
-    local position = string.match(payload, '^%S+ (%S+)')
-    if position and string.sub(position, -#mark) == mark then return position end
+  local history, previous, epoch, offset = place .. ':h', call('GET', place)
+  if previous then
+    epoch, offset = match(previous, '^([^.]+)%.(%d+)')
+    if ARGV[1] ~= '' then
+      local mark = '.' .. tag
+      for _, payload in ipairs(call('LRANGE', history, -1000, -1)) do
+        local position = match(payload, '^%S+ (%S+)')
+        if position and string.sub(position, -#mark) == mark then return position end
+      end
+    end
+  else
+    epoch, offset = ARGV[1] ~= '' and ARGV[1] or tag, 0
+    previous = epoch .. '.0.0'
+    -- A history that outlived its position belongs to an epoch nobody can name any more. Deleted only if it is there:
+    -- once a script has written, a Redis that is full refuses it nothing.
+    if call('EXISTS', history) == 1 then call('DEL', history) end
   end
+
+  -- Lua numbers are doubles: exact to 2^53, and %d keeps them from turning into 1e+15. A string costs time by its
+  -- length, whoever makes it, so the payload is put together at once.
+  local position = epoch .. '.' .. format('%d', offset + 1) .. '.' .. tag
+  local payload = previous .. ' ' .. position .. ' ' .. about .. '\n' .. head .. position .. tail
+  local most, kept = tonumber(size), payload
+  if most < 0 then most, kept = -most, match(payload, '^[^\n]*\n') end
+
+  -- The history first: if it refuses, no offset is used up. Trimmed when it is an eighth too long.
+  local length = call('RPUSH', history, kept)
+  if length > most * 1.125 then call('LTRIM', history, length - most, -1) end
+  call('PEXPIRE', history, history_ttl)
+  call('SET', place, position, 'PX', position_ttl)
+  if key then call('SET', key, part == '0' and position or position .. ' ' .. part, 'PX', ttl) end
+  call('PUBLISH', place .. ':p', payload)
+  return position
 end
 
--- Lua numbers are doubles: exact to 2^53, and %.0f keeps them from turning into 1e+15.
-local next_offset = string.format('%.0f', tonumber(offset) + 1)
-local position = epoch .. '.' .. next_offset .. '.' .. ARGV[2]
-local header = epoch .. '.' .. offset .. '.' .. previous .. ' ' .. position .. ' ' .. ARGV[5] .. '\n'
-local payload = header .. ARGV[3] .. position .. ARGV[4]
-
--- The stream first: if it refuses, no offset is used up.
-redis.call('XADD', KEYS[2], 'MAXLEN', '=', ARGV[6], next_offset .. '-0', 'p', ARGV[7] == '1' and payload or header)
-redis.call('HSET', KEYS[1], 'e', epoch, 'o', next_offset, 't', ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[8])
-redis.call('PEXPIRE', KEYS[1], ARGV[9])
-if KEYS[4] then
-  redis.call('SET', KEYS[4], ARGV[12] == '0' and position or position .. ' ' .. ARGV[12], 'PX', ARGV[10])
+if #KEYS == 1 then return publish(KEYS[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]) end
+local positions, failure = {}, nil
+for index, place in ipairs(KEYS) do
+  local is_done, reply = pcall(publish, place, unpack(ARGV, 5 * index - 3, 5 * index + 1))
+  if is_done then positions[index] = reply else failure = failure or reply end
 end
-redis.call('PUBLISH', KEYS[3], payload)
-return position
+if type(failure) == 'string' then failure = redis.error_reply(failure) end
+return failure or positions

@@ -72,8 +72,7 @@ class RedisBroker:
         Raises:
             BrokerUnavailable: see `Broker`.
         """
-        replies = self.run(lambda is_retry: [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts])
-        return [Scripts.position_from(reply) for reply in replies]
+        return Scripts.positions_from(self.run(lambda is_retry: self._scripts.publish(drafts, is_retry=is_retry)))
 
     def position(self, channel: Channel) -> Position:
         """Return the channel's newest position."""

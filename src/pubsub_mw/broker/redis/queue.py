@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pubsub_mw.broker.codec import decode
 from pubsub_mw.broker.interface import Progress, Taken, answer_key, end_key, part_key
 from pubsub_mw.broker.redis.scripts import Call, Scripts
 from pubsub_mw.errors import BrokerUnavailable
@@ -109,8 +108,8 @@ class RedisQueue:
     def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
         """Publish, then take out of the queue; see `RequestQueue.settle`."""
 
-        def build(is_retry: bool) -> list[Call | tuple[Any, ...]]:
-            calls: list[Call | tuple[Any, ...]] = [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts]
+        def build(is_retry: bool) -> list[Call]:
+            calls = self._scripts.publish(drafts, is_retry=is_retry)
             return [*calls, self._scripts.settle(_GROUP, done)] if done else calls
 
         self._link.run(build)
@@ -137,9 +136,12 @@ class RedisQueue:
         begin, end = self._link.run(lambda _: [("GET", key) for key in keys])
         if begin is None or end is not None:
             return Progress.NOTHING if begin is None else Progress.COMPLETE
-        place = f"{Scripts.position_from(begin).offset}-0"
-        (entries,) = self._link.run(lambda _: [("XRANGE", self._keyspace.history(channel), place, place)])
-        is_whole = entries and decode(entries[0][1][1]).reply.startswith(".")
+        place = Scripts.position_from(begin)
+        (reply,) = self._link.run(lambda _: [self._scripts.read(channel, place.offset - 1, 1)])
+        is_whole = any(
+            item.position == place and item.reply.startswith(".")
+            for item in Scripts.page_from(reply, None).publications
+        )
         return Progress.COMPLETE if is_whole else Progress.BEGUN
 
     def leave(self) -> None:

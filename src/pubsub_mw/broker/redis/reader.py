@@ -46,13 +46,12 @@ class AsyncRedisBroker:
     async def publish(self, drafts: Sequence[Draft]) -> list[Position]:
         """Publish all of `drafts` in one round trip, in order; see `Broker.publish`."""
         replies = await self._run(
-            lambda is_retry: [self._scripts.publish(draft, is_retry=is_retry) for draft in drafts],
-            self._settings.publish_timeout,
+            lambda is_retry: self._scripts.publish(drafts, is_retry=is_retry), self._settings.publish_timeout
         )
         for reply in replies:
             if isinstance(reply, redis.RedisError):
                 raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
-        return [Scripts.position_from(reply) for reply in replies]
+        return Scripts.positions_from(replies)
 
     async def read(
         self, wanted: Sequence[tuple[Channel, int | None]], *, page_bytes: int

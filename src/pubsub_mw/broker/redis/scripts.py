@@ -24,7 +24,7 @@ from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
 from pubsub_mw.protocol import message_tail
 from pubsub_mw.settings import Settings
 
-__all__ = ["Call", "Scripts", "pack"]
+__all__ = ["PUBLICATIONS_PER_CALL", "Call", "Scripts", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,19 @@ def pack(commands: Iterable[tuple[Any, ...]]) -> bytes:
     return b"".join(map(hiredis.pack_command, commands))
 
 
-def _load(*names: str) -> tuple[bytes, str]:
-    source = b"".join(files("pubsub_mw.broker.redis").joinpath(name).read_bytes() for name in names)
+def _script(*parts: bytes) -> tuple[bytes, str]:
+    source = b"".join(parts)
     return source, hashlib.sha1(source, usedforsecurity=False).hexdigest()
 
 
-_PUBLISH = _load("publish.lua")
+def _load(*names: str) -> tuple[bytes, str]:
+    return _script(*[files("pubsub_mw.broker.redis").joinpath(name).read_bytes() for name in names])
+
+
+PUBLICATIONS_PER_CALL, _BYTES_PER_CALL = 64, 65_536
+"""How much one script call publishes. Redis serves nobody else meanwhile: for half a millisecond."""
+
+_PUBLISH, _ = _load("publish.lua")
 _READ = _load("read.lua")
 _ACCEPT = _load("lanes.lua", "accept.lua")
 _SETTLE = _load("lanes.lua", "settle.lua")
@@ -72,7 +79,6 @@ class Scripts:
 
     def __init__(self, settings: Settings) -> None:
         self.keyspace = Keyspace(settings.prefix)
-        self._history_ttl = _milliseconds(settings.history_ttl)
         self._position_ttl = _milliseconds(settings.position_ttl)
         # A channel that nobody published to: as long as history would live, and longer than two position checks.
         self._untouched_ttl = _milliseconds(max(settings.history_ttl, 2 * settings.check_interval))
@@ -82,30 +88,35 @@ class Scripts:
         self._presence_size = str(settings.presence_size)
         self._claim_ttl = _milliseconds(settings.claim_ttl)
         self._revocation_ttl = _milliseconds(settings.revocation_ttl)
+        # In the script and not beside each publication, where Redis would read it each time.
+        same = (_milliseconds(settings.history_ttl), self._position_ttl, message_tail.decode())
+        first = "local history_ttl, position_ttl, tail = '{}', '{}', '{}'\n".format(*same)
+        self._publish = _script(first.encode(), _PUBLISH)
 
-    def publish(self, draft: Draft, *, is_retry: bool) -> Call:
-        keyspace, channel = self.keyspace, draft.channel
-        keys: tuple[str, ...] = (keyspace.position(channel), keyspace.history(channel), keyspace.live(channel))
-        if draft.idempotency_key:
-            keys += (keyspace.idempotency(channel, draft.idempotency_key),)
-        return Call(
-            *_PUBLISH,
-            keys,
-            (
-                _fresh_epoch(),
-                draft.tag,
-                draft.head,
-                message_tail,
-                f"{draft.exclude} {draft.reply}",
-                str(draft.history_size),
-                "1" if draft.is_kept else "0",
-                self._history_ttl,
-                self._position_ttl,
-                self._claim_ttl if draft.reply else self._idempotency_ttl,
-                "1" if is_retry else "0",
-                str(draft.part),
-            ),
-        )
+    def publish(self, drafts: Sequence[Draft], *, is_retry: bool) -> list[Call]:
+        """Return the calls that publish `drafts` in order; `positions_from` reads what they return."""
+        epoch = _fresh_epoch() if is_retry else ""
+        calls, together, size = list[Call](), list[Draft](), 0
+        for draft in drafts:
+            together.append(draft)
+            size += len(draft.head)
+            if len(together) == PUBLICATIONS_PER_CALL or size >= _BYTES_PER_CALL:
+                calls.append(self._publish_call(together, epoch))
+                together, size = [], 0
+        return [*calls, self._publish_call(together, epoch)] if together else calls
+
+    def _publish_call(self, drafts: Sequence[Draft], epoch: str) -> Call:
+        arguments: list[str | bytes] = [epoch]
+        for draft in drafts:
+            size = str(draft.history_size if draft.is_kept else -draft.history_size)
+            about = f"{draft.exclude} {draft.reply}"
+            arguments += (draft.tag, draft.head, about, size, self._once(draft) if draft.idempotency_key else "")
+        keys = tuple([self.keyspace.position(draft.channel) for draft in drafts])
+        return Call(*self._publish, keys, tuple(arguments))
+
+    def _once(self, draft: Draft) -> str:
+        ttl = self._claim_ttl if draft.reply else self._idempotency_ttl
+        return f"{draft.part} {ttl} {draft.idempotency_key}"
 
     def read(self, channel: Channel, since: int | None, page_bytes: int) -> Call:
         return Call(
@@ -125,7 +136,7 @@ class Scripts:
     ) -> list[Call | tuple[Any, ...]]:
         key = self.keyspace.revoked(identity)
         kept = [("HSET", key, subject, repr(at)), ("PEXPIRE", key, self._revocation_ttl)]
-        return [*kept, self.publish(news, is_retry=is_retry)]
+        return [*kept, *self.publish([news], is_retry=is_retry)]
 
     def accept(self, offer: Offer, queue_size: int, in_flight: int, backlog: int) -> Call:
         keys = (*self.keyspace.lanes, self.keyspace.claim(offer.connection, offer.request_id))
@@ -187,8 +198,18 @@ class Scripts:
         )
 
     @staticmethod
+    def positions_from(replies: Iterable[bytes | list[bytes]]) -> list[Position]:
+        """Read what the calls of `publish` returned.
+
+        Raises:
+            BrokerUnavailable: something else is kept under our keys.
+        """
+        made = (reply if isinstance(reply, list) else [reply] for reply in replies)
+        return [Scripts.position_from(text) for texts in made for text in texts]
+
+    @staticmethod
     def position_from(reply: bytes) -> Position:
-        """Read what `publish.lua` returned.
+        """Read a position as `publish.lua` keeps it.
 
         Raises:
             BrokerUnavailable: something else is kept under our keys.
@@ -206,8 +227,7 @@ class Scripts:
             BrokerUnavailable: something else is kept under our keys.
         """
         try:
-            epoch, offset, tag, *payloads = reply
-            top = Position(epoch.decode(), int(offset), tag.decode())
+            top, *payloads = Position.parse(reply[0].decode()), *reply[1:]
             publications = tuple(decode(payload) for payload in payloads)
         except ValueError as error:
             raise BrokerUnavailable(f"a key of ours holds something else: {error}") from error
