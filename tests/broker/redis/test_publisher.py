@@ -482,7 +482,7 @@ def test_offsets_count_on_beyond_what_is_written_with_an_exponent(own_redis: Red
     publisher.close()
 
 
-@pytest.mark.parametrize("key", ["k", " k 1\n2 3 ", "\0", "ü" * 100])
+@pytest.mark.parametrize("key", ["k", " k 1\n2 3 ", "\0", "ü" * 100], ids=["short", "blanks", "nul", "long"])
 def test_an_idempotency_key_may_be_any_text(key: str, own_redis: RedisServer) -> None:
     publisher = Publisher(own_redis.url)
     first = publisher.publish(ROOM, 1, idempotency_key=key)
