@@ -3,7 +3,7 @@
 In:     arguments, and `PUBSUB_*` of the environment
 Out:    servers; publications sent and shown; a diagnosis
 Owns:   what belongs to the server rather than the ASGI app: protocol classes, frame size, open files, TCP_USER_TIMEOUT,
-        a bound on shutdown
+        how many are accepted at once, a bound on shutdown
 Never:  shows a traceback for what the user can mend; puts a secret on the screen
 """
 
@@ -55,6 +55,10 @@ _APP_VARIABLE = "PUBSUB_APP"
 
 _TCP_USER_TIMEOUT_MS = 10_000
 """After which the kernel gives up a client that acknowledges nothing of what was sent to it."""
+
+_ACCEPTS_PER_TURN = 8
+"""libuv takes one connection from a socket in a turn of the loop, however many wait, and when everybody comes back that
+turn costs as much as a tenth of the connection. So the listening socket is watched under as many descriptors."""
 
 _GRACE_SECONDS = 3
 """After the drain, for what still runs; then it is cancelled."""
@@ -410,13 +414,14 @@ def _run(
         log_config=_log_config(),
     )
     server = uvicorn.Server(config)
+    sockets = [listener, *(listener.dup() for _ in range(_ACCEPTS_PER_TURN - 1))]
     if reload:
-        ChangeReload(config, target=server.run, sockets=[listener]).run()
+        ChangeReload(config, target=server.run, sockets=sockets).run()
     elif workers > 1:
-        Multiprocess(config, sockets=[listener]).run()
+        Multiprocess(config, sockets=sockets).run()
     else:
         try:
-            server.run(sockets=[listener])
+            server.run(sockets=sockets)
         except KeyboardInterrupt:
             return  # it has stopped in good order, and passes Ctrl+C on
         if not server.started:
