@@ -153,7 +153,8 @@ async def test_what_is_held_waits_for_the_first_frame() -> None:
     queue.put_nowait(b"3")
     await asyncio.sleep(0)
     assert not reader.done()
-    queue.release(b"1")
+    queue.put_first(b"1")
+    queue.release()
     assert [await reader, await queue.take(), await queue.take()] == [b"1", b"2", b"3"]
     assert queue.waiting_bytes == 0
 

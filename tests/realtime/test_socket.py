@@ -15,7 +15,9 @@ from websockets.frames import Close, Frame, Opcode
 
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.publisher import AsyncPublisher
-from pubsub_mw.realtime.socket import Socket
+from pubsub_mw.realtime.socket import Socket, Sockets
+from pubsub_mw.realtime.wheel import Wheel
+from pubsub_mw.settings import Settings
 from tests.realtime.conftest import OURS, Site
 from tests.tools.clock import MS, eventually_async
 
@@ -95,6 +97,31 @@ class Peer:
         """The connection goes on: the server answers."""
         self.send(frame(TEXT, b'{"type":"subscribe","channel":"a b"}'))
         assert (await self.recv_json("error"))["code"] == "bad_channel"
+
+
+class Sink(asyncio.Transport):
+    """A transport that takes everything at once."""
+
+    def __init__(self, found: socket.socket | None = None) -> None:
+        super().__init__()
+        self.found, self.asked = found, 0
+        self.written: list[bytes] = []
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        self.asked += name == "socket"
+        return self.found if name == "socket" else default
+
+    def write(self, data: Any) -> None:
+        self.written.append(data)
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        pass
 
 
 @pytest.fixture
@@ -341,10 +368,43 @@ async def test_an_idle_connection_is_counted_in_bytes(serve_realtime: Serve, con
 
 async def test_the_kernel_gives_up_a_dead_client(serve_realtime: Serve, connect: Connect) -> None:
     site = await serve_realtime()
-    await connect(site)
-    (found,) = _sockets(site)
-    raw = found._transport.get_extra_info("socket")
-    assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+    for _ in range(3):
+        await connect(site)
+    for found in _sockets(site):
+        raw = found._transport.get_extra_info("socket")
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+
+
+async def test_a_connect_is_answered_in_one_write(serve_realtime: Serve, connect: Connect) -> None:
+    site = await serve_realtime()
+    await connect(site)  # from now on it is known where the channel stands
+    peer = await connect(site, says_connect=False)
+    peer.send(frame(TEXT, CONNECT))
+    answer = await peer.reader.read(65_536)
+    assert 0 < answer.index(b'"connected"') < answer.index(b'"subscribed"')
+
+
+async def test_recovery_waits_for_what_is_held_too() -> None:
+    sink = Sink()
+    held = Socket(Sockets(Settings.build("memory://", environ={}), Wheel()), sink, set())
+    told: list[bool] = []
+    low = [held.is_low]
+    held.hold()
+    for size in (0, 100_000, 200_000):
+        held.put_recovered_nowait(b"x" * size)
+        low.append(held.is_low)
+    assert low == [True, True, True, False]
+    held.when_low(lambda: told.append(held.is_low))
+    held.put_recovered_nowait(b"x" * 900_000)
+    held.put_nowait(b"live")
+    held.put_first(b"first")
+    assert not sink.written
+    held.release()
+    assert told == [True]
+    assert held.closed is None, "what is recovered does not count against the bound"
+    (written,) = sink.written
+    assert written.startswith(b"\x81\x05first")
+    assert written.endswith(b"xx\x81\x04live")
 
 
 def test_frame_here_and_in_the_library_are_the_same() -> None:

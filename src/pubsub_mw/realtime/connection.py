@@ -466,10 +466,11 @@ class Connection:
         return positions
 
     def _begin(self, command: protocol.Connect, *, takes_over: bool = True) -> "asyncio.Future[Any] | None":
-        """Take up the connection's own channels and say `connected`, now, or when what is returned is done.
+        """Take up the connection's own channels and put `connected`, now, or when what is returned is done.
 
-        A new connection is told its id when the broker follows its channels, so that nothing sent to it can be
-        missed. A resumed one is told at once: what it missed is read from history.
+        It goes out together with the first answers about the channels asked for. A new connection is told its id when
+        the broker follows its channels, so that nothing sent to it can be missed. A resumed one is told at once: what
+        it missed is read from history.
         """
         hub, resume = self._shared.hub, self._token  # None if it was made before its user was disconnected
         connection = resume.connection if resume is not None else ConnectionId(secrets.token_urlsafe(16))
@@ -492,14 +493,14 @@ class Connection:
                 on_reply=self._shared.on_reply,
             )
             self._own += (subscription,)
+        # What comes meanwhile, as on the user's channel, goes out after `connected`.
+        self.send_queue.hold()
         if resume is not None:
             self._welcome(connection, resume, takes_over=takes_over)
             for subscription, followed in zip(self._own, settled, strict=True):
                 followed.add_done_callback(self._on_own_settled)
                 hub.subscribe(subscription)
             return None
-        # What comes on the user's channel meanwhile goes out after `connected`.
-        self.send_queue.hold()
         for subscription in self._own:
             hub.subscribe(subscription)
         begun = settled[0] if len(settled) == 1 else asyncio.gather(*settled)
@@ -523,7 +524,7 @@ class Connection:
             self._shared.lifecycle.begin(connection, self.user, self.transport, self.handshake)
         if self.transport != "longpoll":
             token = self._sign(connection, resume.channels if resume is not None else {})
-            self.send_queue.release(protocol.connected(connection, token, self.user, settings.ping_interval))
+            self.send_queue.put_first(protocol.connected(connection, token, self.user, settings.ping_interval))
         self._schedule()
 
     def _listen_as_asked(self, command: protocol.Connect, *, needs_all: bool = False) -> None:
@@ -543,6 +544,7 @@ class Connection:
                 if needs_all:
                     raise
                 self._refuse(error)
+        self.send_queue.release()
 
     def _open_requests(self) -> Requests:
         if self._requests is None:

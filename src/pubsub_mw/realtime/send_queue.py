@@ -120,11 +120,14 @@ class SendQueue:
         """Keep what is put from now on until `release`, or until the queue closes."""
         self._is_held = True
 
-    def release(self, first: bytes) -> None:
-        """Let frames go out again, `first` before all that was held."""
+    def put_first(self, frame: bytes) -> None:
+        """Put a frame before all that is held."""
+        self._total_bytes += len(frame)
+        self._frames.appendleft((frame, 0))
+
+    def release(self) -> None:
+        """Let frames go out again: all that was held at once."""
         self._is_held = False
-        self._total_bytes += len(first)
-        self._frames.appendleft((first, 0))
         self._wake()
 
     def _append(self, frame: bytes, size: int, live_size: int) -> None:

@@ -184,11 +184,16 @@ class Socket(SendQueue, asyncio.Protocol):
     def hold(self) -> None:
         self._is_direct, self._held = False, []
 
-    def release(self, first: bytes) -> None:
+    def put_first(self, frame: bytes) -> None:
+        self._held = [websocket_frame(frame), *(self._held or ())]
+
+    def release(self) -> None:
         held, self._held = self._held or [], None
         if not self._has_ended:
             self._is_direct = True
-            self._transport.write(b"".join([websocket_frame(first), *held]))
+            self._transport.write(b"".join(held))
+            if not self._is_paused:
+                self.resume_writing()
 
     def _put(self, data: bytes) -> None:
         if not self._is_direct or self._is_paused:
@@ -198,7 +203,7 @@ class Socket(SendQueue, asyncio.Protocol):
         self._append_bytes(data)
 
     def _put_recovered(self, data: bytes) -> None:
-        if not self._is_paused:
+        if not self._is_paused and self._held is None:
             self._recovered_bytes = 0  # what is left of earlier ones is less than `low_bytes`
         self._recovered_bytes += len(data)
         self._append_bytes(data)
@@ -211,7 +216,7 @@ class Socket(SendQueue, asyncio.Protocol):
 
     @property
     def is_low(self) -> bool:
-        return not self._is_paused
+        return not self._is_paused and (not self._held or sum(map(len, self._held)) <= self._sockets.low_bytes)
 
     @property
     def waiting_bytes(self) -> int:
