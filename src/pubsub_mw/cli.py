@@ -40,6 +40,7 @@ from pubsub_mw.model import ConnectionId, Position, check_channel
 from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.socket import USER_TIMEOUT_MS
 from pubsub_mw.realtime.subscription import Subscription
 from pubsub_mw.realtime.uvicorn_protocol import HTTPProtocol, WebSocketProtocol, WithoutQuery
 from pubsub_mw.settings import Settings
@@ -52,9 +53,6 @@ log = logging.getLogger("pubsub_mw")
 
 _APP_VARIABLE = "PUBSUB_APP"
 """Carries the app's name to server processes, which import it themselves."""
-
-_TCP_USER_TIMEOUT_MS = 10_000
-"""After which the kernel gives up a client that acknowledges nothing of what was sent to it."""
 
 _ACCEPTS_PER_TURN = 8
 """libuv takes one connection from a socket in a turn of the loop, however many wait, and when everybody comes back that
@@ -464,7 +462,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _TCP_USER_TIMEOUT_MS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
     try:
         listener.bind((host, port))
     except OSError as error:

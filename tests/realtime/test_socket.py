@@ -15,7 +15,7 @@ from websockets.frames import Close, Frame, Opcode
 
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.publisher import AsyncPublisher
-from pubsub_mw.realtime.socket import Socket, Sockets
+from pubsub_mw.realtime.socket import USER_TIMEOUT_MS, Socket, Sockets
 from pubsub_mw.realtime.wheel import Wheel
 from pubsub_mw.settings import Settings
 from tests.realtime.conftest import OURS, Site
@@ -373,6 +373,16 @@ async def test_the_kernel_gives_up_a_dead_client(serve_realtime: Serve, connect:
     for found in _sockets(site):
         raw = found._transport.get_extra_info("socket")
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+
+
+async def test_what_the_listener_has_said_of_a_dead_client_is_not_said_again() -> None:
+    sockets = Sockets(Settings.build("memory://", environ={}), Wheel())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        sink = Sink(listener)
+        for _ in range(3):
+            sockets.bound(sink)
+    assert sink.asked == 1
 
 
 async def test_a_connect_is_answered_in_one_write(serve_realtime: Serve, connect: Connect) -> None:

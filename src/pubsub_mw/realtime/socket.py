@@ -14,6 +14,7 @@ Source: RFC 6455; `websockets.protocol.Protocol`.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import socket
@@ -33,7 +34,7 @@ from pubsub_mw.realtime.send_queue import Batch, SendQueue, websocket_frame
 from pubsub_mw.realtime.wheel import Wheel
 from pubsub_mw.settings import Settings
 
-__all__ = ["CLOSE_SECONDS", "Client", "Socket", "Sockets", "farewell", "retry_after"]
+__all__ = ["CLOSE_SECONDS", "USER_TIMEOUT_MS", "Client", "Socket", "Sockets", "farewell", "retry_after"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -44,7 +45,7 @@ _RETRY_SECONDS = {CloseCode.SHUTDOWN: 2.0, CloseCode.BROKER_UNAVAILABLE: 5.0, Cl
 """Upper end of the time after which a client is asked to come back; drawn anew for each, so that they do not come
 all at once. Others may come back at once."""
 
-_USER_TIMEOUT_MS = 10_000
+USER_TIMEOUT_MS = 10_000
 """After which the kernel gives up a client that acknowledges nothing of what was sent to it."""
 _CONTROLS = frozenset({Opcode.CLOSE, Opcode.PING, Opcode.PONG})
 _RESET = struct.pack("ii", 1, 0)
@@ -88,6 +89,16 @@ class Sockets:
         self.low_bytes = settings.send_queue_bytes // 4
         self.max_frame_bytes = settings.max_frame_bytes
         self._spare: Parser | None = None
+        self._is_bounded = not hasattr(socket, "TCP_USER_TIMEOUT")
+
+    def bound(self, transport: asyncio.Transport) -> None:
+        """Let `USER_TIMEOUT_MS` count for a connection. Where the listener has said so, it does for all of them."""
+        found = None if self._is_bounded else transport.get_extra_info("socket")
+        if found is not None:
+            with contextlib.suppress(OSError):  # closed already, or not TCP
+                self._is_bounded = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == USER_TIMEOUT_MS
+                if not self._is_bounded:
+                    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
     def lend(self) -> Parser:
         parser, self._spare = self._spare, None
@@ -151,7 +162,7 @@ class Socket(SendQueue, asyncio.Protocol):
         self._is_text = True
         self._frames_left: list[Frame] | None = None  # until the connection has taken what came before
         transport.set_write_buffer_limits(high=sockets.low_bytes, low=sockets.low_bytes // 2)
-        self._set_option(socket.IPPROTO_TCP, getattr(socket, "TCP_USER_TIMEOUT", None), _USER_TIMEOUT_MS)
+        sockets.bound(transport)
         peers.add(self)
         transport.set_protocol(self)
 
@@ -259,7 +270,10 @@ class Socket(SendQueue, asyncio.Protocol):
 
     def on_due(self) -> None:
         """Give up a client that has not ended its side."""
-        self._set_option(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        found = self._transport.get_extra_info("socket")
+        if found is not None:
+            with contextlib.suppress(OSError):  # closed already
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._transport.abort()
 
     def connection_lost(self, _exc: Exception | None) -> None:
@@ -270,14 +284,6 @@ class Socket(SendQueue, asyncio.Protocol):
         on_lost, self._on_lost = self._on_lost, None
         if on_lost is not None:
             on_lost()
-
-    def _set_option(self, level: int, option: int | None, value: int | bytes) -> None:
-        found = self._transport.get_extra_info("socket")
-        if found is not None and option is not None:
-            try:
-                found.setsockopt(level, option, value)
-            except OSError:
-                pass  # closed already, or not TCP
 
     # In.
 
