@@ -183,3 +183,68 @@ def test_publishing_costs_so_many_calls(redis_server: RedisServer, prefix: str) 
     command = [sys.executable, "-c", PUBLISH, redis_server.url, prefix]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 115
+
+
+CONNECT = """
+import asyncio, sys
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+from websockets.frames import Frame, Opcode
+from pubsub_mw.realtime.app import Realtime
+from pubsub_mw.realtime.uvicorn_protocol import HTTPProtocol, WebSocketProtocol
+
+HANDSHAKE = (
+    b"GET / HTTP/1.1\\r\\nHost: a\\r\\nUpgrade: websocket\\r\\nConnection: Upgrade\\r\\nSec-WebSocket-Version: 13\\r\\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\\r\\n\\r\\n"
+)
+HELLO = Frame(Opcode.TEXT, b'{"type":"connect","channels":{"room":null}}').serialize(mask=True)
+ADDRESSES = {"sockname": ("127.0.0.1", 80), "peername": ("127.0.0.1", 12_345)}
+
+class Line(asyncio.Transport):
+    def __init__(self): self.written, self.is_answered = b"", asyncio.Event()
+    def get_extra_info(self, name, default=None): return ADDRESSES.get(name, default)
+    def get_write_buffer_size(self): return 0
+    def is_closing(self): return False
+    def is_reading(self): return True
+    def set_write_buffer_limits(self, high, low): pass
+    def set_protocol(self, protocol): self.protocol = protocol
+    def write(self, data):
+        self.written += data
+        if b'"subscribed"' in data: self.is_answered.set()
+
+count = 0
+def profile(frame, event, argument):
+    global count
+    count += event in ("call", "c_call")
+
+async def connect(config, lines):
+    for line in lines:
+        line.protocol = HTTPProtocol(config, ServerState(), {})
+        line.protocol.connection_made(line)
+        line.protocol.data_received(HANDSHAKE)
+    while b" 101 " not in lines[-1].written:
+        await asyncio.sleep(0)
+    for line in lines:
+        line.protocol.data_received(HELLO)
+    await lines[-1].is_answered.wait()
+
+async def main():
+    app = Realtime(sys.argv[1], prefix=sys.argv[2], secret="s" * 32)
+    config = Config(app, http=HTTPProtocol, ws=WebSocketProtocol, log_config=None)
+    config.load()
+    await connect(config, [Line()])
+    sys.setprofile(profile)
+    await connect(config, [Line() for _ in range(100)])
+    sys.setprofile(None)
+    print(count // 100)
+    await app.stop()
+
+asyncio.run(main())
+"""
+
+
+def test_to_connect_and_subscribe_costs_so_many_calls(redis_server: RedisServer, prefix: str) -> None:
+    command = [sys.executable, "-c", CONNECT, redis_server.url, prefix]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    assert int(done.stdout) <= 490
