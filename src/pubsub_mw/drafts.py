@@ -92,6 +92,7 @@ def build_draft(
         idempotency_key=idempotency_key or "",
         history_size=size,
         is_kept=is_kept,
+        has_own_history=history is not None and history is not True,
     )
 
 

@@ -201,6 +201,8 @@ class Draft:
     part: int = 0
     """Counts those that share an idempotency key, from 1: one with this number or a higher one was published before, or
     it is published now. 0 = the key is of this one alone."""
+    has_own_history: bool = False
+    """Whether `history` was given with it, so that the channel may keep less than it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class Publication:
         previous: the place before it, which it follows
         exclude: the connection that shall not get it, or ""
         frame: the finished frame as UTF-8 JSON; b"" in history when it was not kept
-        reply: as in `Draft`
+        reply, has_own_history: as in `Draft`
     """
 
     position: Position
@@ -220,6 +222,7 @@ class Publication:
     exclude: str
     frame: bytes
     reply: str = ""
+    has_own_history: bool = False
 
     def follows(self, position: Position) -> bool:
         """Whether this is exactly the next publication after `position`."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pubsub_mw.broker.codec import decode, encode
+from pubsub_mw.broker.codec import decode, encode, split
 from pubsub_mw.model import Channel, Draft, Position, Publication
 
 marks = st.text(string.ascii_letters + string.digits + "_-", min_size=1, max_size=32)
@@ -14,7 +14,10 @@ positions = st.builds(Position, marks, st.integers(1, 10**15), marks)
 excluded = st.text(string.ascii_letters + string.digits + "_.,:;=@/-", max_size=180)
 
 
-def draft(head: bytes, tag: str, exclude: str) -> Draft:
+replies = st.sampled_from(["", "-", ".", ">h", ">7"])
+
+
+def draft(head: bytes, tag: str, exclude: str, reply: str = "", *, has_own_history: bool = False) -> Draft:
     return Draft(
         channel=Channel("a"),
         tag=tag,
@@ -23,15 +26,21 @@ def draft(head: bytes, tag: str, exclude: str) -> Draft:
         idempotency_key="",
         history_size=1,
         is_kept=True,
+        reply=reply,
+        has_own_history=has_own_history,
     )
 
 
 @settings(deadline=None)
-@given(st.binary(), positions, positions, excluded)
-def test_a_publication_survives_its_bytes(head: bytes, position: Position, previous: Position, exclude: str) -> None:
+@given(st.binary(), positions, positions, excluded, replies, st.booleans())
+def test_a_publication_survives_its_bytes(
+    head: bytes, position: Position, previous: Position, exclude: str, reply: str, has_own_history: bool
+) -> None:
     frame = head + str(position).encode() + b'"}'
-    payload = encode(draft(head, position.tag, exclude), position, previous)
-    assert decode(payload) == Publication(position, previous, exclude, frame)
+    item = draft(head, position.tag, exclude, reply, has_own_history=has_own_history)
+    payload = encode(item, position, previous)
+    assert decode(payload) == Publication(position, previous, exclude, frame, reply, has_own_history)
+    assert split(payload) == (str(previous).encode(), str(position).encode(), exclude.encode(), reply.encode(), frame)
 
 
 def test_a_publication_that_was_not_kept_has_an_empty_frame() -> None:
@@ -55,7 +64,10 @@ def test_bytes_of_others_raise_nothing_but_a_value_error(payload: bytes) -> None
     except ValueError:
         return
     header, _, frame = payload.partition(b"\n")
-    assert header.decode() == f"{publication.previous} {publication.position} {publication.exclude} {publication.reply}"
+    end = " h" if publication.has_own_history else ""
+    assert header.decode() == (
+        f"{publication.previous} {publication.position} {publication.exclude} {publication.reply}{end}"
+    )
     assert publication.frame == frame
 
 
@@ -72,6 +84,7 @@ def test_bytes_of_others_raise_nothing_but_a_value_error(payload: bytes) -> None
         b"e.x.0 e.1.t  \n{}",
         b"x" * 600 + b"\n{}",
         b"e.0.0 e.1.t c d e\n{}",
+        b"e.0.0 e.1.t c d h h\n{}",
         b"\xc3\xa9.0.0 e.1.t  \n{}",
         b'{"json":1}',
         b"\x80\x04K\x01.",

@@ -420,6 +420,28 @@ def test_many_channels_of_one_client_each_go_out_in_slices_too_and_in_order() ->
     on_a_world(scenario, clients=1, channels=10, fan_out_slice=3)
 
 
+@pytest.mark.parametrize("sole", [True, False])
+def test_what_is_not_kept_is_not_told_from_a_window_either(sole: bool) -> None:
+    async def scenario(world: World) -> None:
+        (channel,), (live, other, *clients) = world.channels, world.clients
+        await go_live(world, live)
+        if not sole:
+            await go_live(world, other)
+        start = live.positions[channel]
+        world.publish(channel)
+        await flow(world)
+        told = []
+        for client, is_kept in zip(clients, (False, True, True), strict=True):
+            client.positions[channel] = start
+            told.append(await go_live(world, client, start))
+            client.drop()
+            world.publish(channel, is_kept=is_kept)
+            await flow(world)
+        assert told == [["subscribed True", "message 1"], ["subscribed False"], ["subscribed False"]]
+
+    on_a_world(scenario, clients=5, recovery_page_bytes=100_000)
+
+
 def test_a_window_is_no_way_around_a_loss() -> None:
     async def scenario(world: World) -> None:
         (channel,), (live, first, second, third) = world.channels, world.clients

@@ -1,5 +1,7 @@
 """A window answers for every position in it, and for none beyond."""
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +53,16 @@ def test_what_was_not_kept_is_not_told_from_here() -> None:
     window = Window(at(3), 1_000)
     window.extend([publication(4), publication(5, size=0), publication(6)])
     assert [told(window, at(offset)) for offset in (3, 4, 5)] == [None, None, [6]]
+
+
+def test_what_changes_how_much_is_kept_ends_the_window() -> None:
+    window = Window(at(3), 1_000)
+    own = dataclasses.replace(publication(5), has_own_history=True)
+    window.extend([publication(4)], are_live=True)
+    window.extend([own, publication(6)], are_live=True)
+    assert window.top == at(4)
+    window.extend([own, publication(6)])
+    assert window.top == at(6)
 
 
 def test_what_is_meant_for_some_only_stays_so() -> None:

@@ -2,8 +2,8 @@ r"""Store a publication as bytes, and read it back.
 
 In:     drafts and positions; bytes from history or pub/sub
 Out:    bytes; `Publication` values
-Owns:   the layout: `<previous position> <position> <exclude> <reply>\n<frame>`; and that of a request in the queue,
-        JSON after its HMAC-SHA256
+Owns:   the layout: `<previous position> <position> <exclude> <reply>\n<frame>`, with ` h` before the end of the line
+        where `history` was given; and that of a request in the queue, JSON after its HMAC-SHA256
 Never:  looks into the frame; lets bytes that are not ours through
 
 The same bytes are the history entry and the pub/sub payload. `publish.lua` builds the same layout. The previous
@@ -18,15 +18,21 @@ import orjson
 from pubsub_mw.model import FROM_HANDSHAKE, Channel, ConnectionId, Draft, Handshake, Position, Publication, Request
 from pubsub_mw.protocol import message_tail
 
-__all__ = ["decode", "decode_request", "encode", "encode_request", "split"]
+__all__ = ["decode", "decode_request", "encode", "encode_request", "header_end", "split"]
 
 _LONGEST_HEADER = 512
+_OWN_HISTORY = b"h"
+
+
+def header_end(draft: Draft) -> str:
+    """Return what the first line of its payload has after the positions."""
+    return f"{draft.exclude} {draft.reply}" + (f" {_OWN_HISTORY.decode()}" if draft.has_own_history else "")
 
 
 def encode(draft: Draft, position: Position, previous: Position) -> bytes:
     """Return the payload of `draft` at `position`, which follows `previous`."""
     text = str(position).encode()
-    header = f"{previous} {position} {draft.exclude} {draft.reply}\n".encode()
+    header = f"{previous} {position} {header_end(draft)}\n".encode()
     return header + draft.head + text + message_tail
 
 
@@ -44,7 +50,10 @@ def split(payload: bytes) -> tuple[bytes, bytes, bytes, bytes, bytes]:
     try:
         previous, position, exclude, reply = header.split(b" ")
     except ValueError:
-        raise ValueError("not a publication: malformed header") from None
+        *fields, mark = header.split(b" ")
+        if len(fields) != 4 or mark != _OWN_HISTORY:
+            raise ValueError("not a publication: malformed header") from None
+        previous, position, exclude, reply = fields
     return previous, position, exclude, reply, frame
 
 
@@ -59,7 +68,8 @@ def decode(payload: bytes) -> Publication:
         previous, position, exclude, reply = [field.decode("ascii") for field in header]
     except UnicodeDecodeError as error:
         raise ValueError("not a publication: malformed header") from error
-    return Publication(Position.parse(position), Position.parse(previous), exclude, frame, reply)
+    has_own_history = payload.startswith(b" %b\n" % _OWN_HISTORY, len(payload) - len(frame) - 3)
+    return Publication(Position.parse(position), Position.parse(previous), exclude, frame, reply, has_own_history)
 
 
 def encode_request(request: Request, key: bytes) -> bytes:

@@ -309,7 +309,7 @@ class Hub:
             log.error("ignored %d publications on %s, one of which is not ours: %s", len(payloads), channel.name, error)
             runs, is_whole = [], False
         if channel.window is not None:
-            channel.window.extend(_ours(payloads))
+            channel.window.extend(_ours(payloads), are_live=True)
         for run in runs:
             self.publications_delivered += len(channel.live) * len(run.frames)
         if runs or rest:
@@ -395,10 +395,13 @@ class Hub:
         self._join(channel, subscription, track.position)
         return True
 
-    def _remember(self, channel: _Channel, track: Track, publications: Sequence[Publication]) -> None:
+    def _remember(
+        self, channel: _Channel, track: Track, publications: Sequence[Publication], recent: Sequence[bytes]
+    ) -> None:
         """Keep what was read for those who come back next, if it leads up to the track."""
         window = Window(publications[0].previous, self._settings.recovery_page_bytes)
         window.extend(publications)
+        window.extend(_ours(recent), are_live=True)
         if window.top == track.position:
             if len(self._windows) >= _MOST_WINDOWS:
                 self._forget(next(iter(self._windows)))
@@ -520,7 +523,7 @@ class Hub:
         if was_stale and not channel.is_stale and recent:
             self._offer(channel, track, recent)
         if page.publications and not channel.is_stale and any(position is not None for position in places):
-            self._remember(channel, track, [*page.publications, *_ours(recent)])
+            self._remember(channel, track, page.publications, recent)
         for subscription in [item for item in channel.waiting if item not in read.waiting]:
             self._serve(channel, subscription)
         if len(recent) > self._settings.recovery_buffer:

@@ -43,10 +43,14 @@ class Window:
         self._places = {start: 0}  # position -> the number of the publication that follows it
         self._answers: dict[Position, list[Run]] = {}
 
-    def extend(self, publications: Iterable[Publication]) -> None:
-        """Append those that follow its top, each one the one before; others are left out."""
+    def extend(self, publications: Iterable[Publication], *, are_live: bool = False) -> None:
+        """Append those that follow its top, each one the one before; others are left out.
+
+        Of one that came live and changes what the channel keeps it cannot be told what is kept now: history must be
+        asked, and the window ends before it.
+        """
         for publication in publications:
-            if publication.previous != self.top:
+            if publication.previous != self.top or (are_live and publication.has_own_history):
                 continue
             self._publications.append(publication)
             self._size += len(publication.frame)

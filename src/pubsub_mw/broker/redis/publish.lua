@@ -6,7 +6,7 @@
 --         :p  pub/sub channel
 --         :i:<idempotency key>  string: position, " " and the number of the part if it is one
 -- ARGV  1 "" or, if an earlier try may have arrived, the epoch for a channel that has none; else that is the tag
---       then five of each publication: tag, frame up to its position, "<exclude> <reply>", either empty,
+--       then five of each publication: tag, frame up to its position, end of the payload's first line,
 --       history size, with "-" before it if this one is not kept, and
 --       "" or "<number of the part under its key, or 0> <idempotency ttl, ms> <idempotency key>"
 -- Returns the position as text; of several an array, or the first error when all have been tried. The payload is laid

@@ -15,7 +15,7 @@ from typing import Any
 
 import hiredis
 
-from pubsub_mw.broker.codec import decode
+from pubsub_mw.broker.codec import decode, header_end
 from pubsub_mw.broker.interface import Offer, Taken
 from pubsub_mw.broker.presence import PresenceCall, Present, Verb, decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
@@ -109,8 +109,13 @@ class Scripts:
         arguments: list[str | bytes] = [epoch]
         for draft in drafts:
             size = str(draft.history_size if draft.is_kept else -draft.history_size)
-            about = f"{draft.exclude} {draft.reply}"
-            arguments += (draft.tag, draft.head, about, size, self._once(draft) if draft.idempotency_key else "")
+            arguments += (
+                draft.tag,
+                draft.head,
+                header_end(draft),
+                size,
+                self._once(draft) if draft.idempotency_key else "",
+            )
         keys = tuple([self.keyspace.position(draft.channel) for draft in drafts])
         return Call(*self._publish, keys, tuple(arguments))
 
