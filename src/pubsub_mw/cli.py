@@ -19,9 +19,10 @@ import logging.config
 import os
 import resource
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def serve(
         os.environ.setdefault("PUBSUB_SECRET", secrets.token_hex(32))
         os.environ.setdefault("PUBSUB_DRAIN", "0")
     settings = _prepare(url, drain)
+    _announce_unknown_variables()
     if workers > 1 and reload:
         raise click.UsageError("--reload works with one process")
     if workers > 1 and settings.url.startswith("memory:"):
@@ -158,6 +160,7 @@ def realtime(
     Each connection is an open file. As many as the hard limit (ulimit -Hn) allows are used.
     """
     settings = _prepare(url, drain)
+    _announce_unknown_variables()
     if settings.url.startswith("memory:"):
         raise click.UsageError(
             "a realtime server of its own needs a broker that the app can reach; "
@@ -185,6 +188,7 @@ def worker(app: str, url: str | None, processes: int, threads: int, reload: bool
     and loses no request.
     """
     settings = _prepare(url, drain)
+    _announce_unknown_variables()
     if settings.url.startswith("memory:"):
         raise click.UsageError(
             "a worker of its own needs a broker that the realtime server can reach; "
@@ -339,9 +343,8 @@ def doctor(url: str | None) -> None:
         if cure:
             click.echo(" " * 8 + "-> " + cure)
 
-    for name in _unknown_variables():
-        close = difflib.get_close_matches(name, _variables(), 1)
-        show("warning", f"{name} is no setting, and has no effect", f"did you mean {close[0]}?" if close else "")
+    for text, cure in _unknown_variables():
+        show("warning", text, cure)
     if settings.secret is None:
         cure = "set PUBSUB_SECRET to a long random text, the same for every process: openssl rand -hex 32"
         show("warning", "PUBSUB_SECRET is not set: one is made and kept in the broker", cure)
@@ -368,8 +371,16 @@ def _variables() -> list[str]:
     return ["PUBSUB_GRANT", _APP_VARIABLE, *(f"PUBSUB_{knob.name.upper()}" for knob in dataclasses.fields(Settings))]
 
 
-def _unknown_variables() -> list[str]:
-    return sorted(name for name in os.environ if name.startswith("PUBSUB_") and name not in _variables())
+def _unknown_variables() -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with each that looks like a setting and is none, and the cure, or ""."""
+    for name in sorted(name for name in os.environ if name.startswith("PUBSUB_") and name not in _variables()):
+        close = difflib.get_close_matches(name, _variables(), 1)
+        yield f"{name} is no setting, and has no effect", f"did you mean {close[0]}?" if close else ""
+
+
+def _announce_unknown_variables() -> None:
+    for text, cure in _unknown_variables():
+        click.echo(f"{text}; {cure}" if cure else text, err=True)
 
 
 def _prepare(url: str | None, drain: float | None = None) -> Settings:
@@ -418,6 +429,8 @@ def _run(
     elif workers > 1:
         Multiprocess(config, sockets=sockets).run()
     else:
+        # uvicorn dies of the signal once more when it has stopped in good order; with --workers it does not.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         try:
             server.run(sockets=sockets)
         except KeyboardInterrupt:

@@ -213,7 +213,7 @@ def _unsubscribe(frame: dict[str, Any]) -> Unsubscribe:
 
 def _publish(frame: dict[str, Any]) -> Publish:
     if "data" not in frame:
-        raise _wrong(frame, "data", "present (any JSON)", None)
+        raise _lacks(frame, "data", "any JSON")
     event = _optional_text(frame, "event")
     return Publish(
         id=_optional_text(frame, "id"),
@@ -233,11 +233,11 @@ def _request(frame: dict[str, Any]) -> RequestFrame:
     body = _optional_text(frame, "body") or ""
     encoding = _optional_text(frame, "encoding")
     if encoding not in (None, "base64"):
-        raise _wrong(frame, "encoding", 'absent or "base64"', encoding)
+        raise _wrong(frame, "encoding", 'absent or "base64"', encoding, f"{encoding!r:.40}")
     try:
         content = body.encode() if encoding is None else base64.b64decode(body, validate=True)
     except ValueError:
-        raise _wrong(frame, "body", "base64, as its encoding says", body) from None
+        raise _wrong(frame, "body", "base64, as its encoding says", body, f"{body!r:.40}") from None
     return RequestFrame(
         id=request_id, method=_text(frame, "method"), path=_text(frame, "path"), headers=headers, body=content
     )
@@ -250,7 +250,7 @@ def _cancel(frame: dict[str, Any]) -> Cancel:
 def _request_id(frame: dict[str, Any]) -> str:
     request_id = _text(frame, "id")
     if not _REQUEST_ID.match(request_id):
-        raise _wrong(frame, "id", "1 to 64 of A-Z a-z 0-9 _ . : -", request_id)
+        raise _wrong(frame, "id", "1 to 64 of A-Z a-z 0-9 _ . : -", request_id, f"{request_id!r:.80}")
     return request_id
 
 
@@ -275,7 +275,9 @@ _DECODERS: dict[str, Callable[[dict[str, Any]], Command]] = {
 
 
 def _text(frame: dict[str, Any], name: str) -> str:
-    value = frame.get(name)
+    if name not in frame:
+        raise _lacks(frame, name, "a text")
+    value = frame[name]
     if not isinstance(value, str):
         raise _wrong(frame, name, "a text", value)
     return value
@@ -288,13 +290,17 @@ def _optional_text(frame: dict[str, Any], name: str) -> str | None:
     return value
 
 
-def _wrong(frame: dict[str, Any], name: str, wanted: str, value: object) -> FrameError:
-    return FrameError(
-        ErrorCode.BAD_FRAME,
-        f"{frame['type']}: {name} must be {wanted}, not {_kind(value)}",
-        id=_hint(frame, "id"),
-        channel=_hint(frame, "channel"),
-    )
+def _lacks(frame: dict[str, Any], name: str, wanted: str) -> FrameError:
+    return _bad(frame, f"{name} must be {wanted}; it is missing")
+
+
+def _wrong(frame: dict[str, Any], name: str, wanted: str, value: object, shown: str = "") -> FrameError:
+    return _bad(frame, f"{name} must be {wanted}, not {shown or _kind(value)}")
+
+
+def _bad(frame: dict[str, Any], problem: str) -> FrameError:
+    text = f"{frame['type']}: {problem}"
+    return FrameError(ErrorCode.BAD_FRAME, text, id=_hint(frame, "id"), channel=_hint(frame, "channel"))
 
 
 def _hint(frame: dict[str, Any], name: str) -> str | None:
