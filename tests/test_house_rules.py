@@ -20,7 +20,7 @@ SOURCE = ROOT / "src" / "pubsub_mw"
 
 # Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them.
 LONGEST_FILE_LINES = 350
-ALL_LINES = 10_600
+ALL_LINES = 10_700
 
 # Files that may be longer, each with what it would cost to cut it.
 LONGER: dict[str, str] = {
