@@ -54,6 +54,14 @@ def _settings_from_tests_alone() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _workers_end_soon() -> Iterator[None]:
+    """Let a worker within the tests' process look more often whether it is to stop: many tests end with one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pubsub_mw.worker.loop._WAIT_SECONDS", 0.02)
+        yield
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     """Run every async test on asyncio in debug mode; what that finds slow it logs, and the log fails nothing."""

@@ -18,7 +18,8 @@ __all__ = ["MS", "eventually", "eventually_async"]
 T = TypeVar("T")
 
 MS = float(os.environ.get("PUBSUB_TEST_SCALE", "1")) / 1000
-_PAUSE_SECONDS = 0.01
+_PAUSES_SECONDS = (0.001, 0.01)
+"""Between two looks: at first, and after a while. Most of what is waited for is there at once or soon."""
 
 
 def eventually(condition: Callable[[], T], timeout: float = 5000 * MS, message: str = "") -> T:
@@ -26,7 +27,7 @@ def eventually(condition: Callable[[], T], timeout: float = 5000 * MS, message: 
 
     An `AssertionError` in `condition` means *not yet*, and the last one is the cause of the failure in the end.
     """
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
     while True:
         value, doubt = None, None
         try:
@@ -34,9 +35,10 @@ def eventually(condition: Callable[[], T], timeout: float = 5000 * MS, message: 
                 return value
         except AssertionError as error:
             doubt = error
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise _gave_up(timeout, message, value) from doubt
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(_pause(waited))
 
 
 @overload
@@ -47,7 +49,7 @@ async def eventually_async(
     condition: Callable[[], T | Awaitable[T]], timeout: float = 5000 * MS, message: str = ""
 ) -> T:
     """Do the same on the event loop; `condition` may be a coroutine function."""
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
     while True:
         value, doubt = None, None
         try:
@@ -56,9 +58,15 @@ async def eventually_async(
                 return value
         except AssertionError as error:
             doubt = error
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise _gave_up(timeout, message, value) from doubt
-        await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(_pause(waited))
+
+
+def _pause(waited: float) -> float:
+    shortest, longest = _PAUSES_SECONDS
+    return min(longest, max(shortest, waited / 5))
 
 
 def _gave_up(timeout: float, message: str, value: object) -> AssertionError:

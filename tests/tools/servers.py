@@ -155,7 +155,7 @@ class Served:
 
 
 class Processes:
-    """Start processes of one test; `close` ends them, newest first.
+    """Start processes of one test; `close` kills them, newest first.
 
     Every start waits until the process answers. In an async test that holds the event loop for about half a second;
     where something in the loop must go on meanwhile, use `await asyncio.to_thread(processes.uvicorn, ...)`.
@@ -231,10 +231,9 @@ class Processes:
         return "\n".join(served.tail() for served in self.started)
 
     def close(self) -> None:
+        """Kill them: how they stop when they are asked to is for tests of that, and takes each its time."""
         for served in reversed(self.started):
-            served.ask_to_stop()
-        for served in reversed(self.started):
-            served.end()
+            served.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> "Processes":
