@@ -25,6 +25,8 @@ from tests.worker.requests import offer, request
 
 SECRET = "a secret of thirty-two bytes or more"
 CHANNEL = Channel("#connection-c1")
+SHORT = {"lease": 400 * MS}
+"""For workers that are to run what a dead one has left."""
 
 
 @dataclass(slots=True)
@@ -110,7 +112,7 @@ def run(url: str, prefix: str) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
 
         def start(app: Any, *, threads: int = 2, **settings: Any) -> Running:
-            values: dict[str, Any] = {"secret": SECRET, "prefix": prefix, "lease": 300 * MS, "drain": 3000 * MS}
+            values: dict[str, Any] = {"secret": SECRET, "prefix": prefix, "lease": 10_000 * MS, "drain": 3000 * MS}
             values |= settings
             worker = Worker(app, url, threads=threads, **values)
 
@@ -283,14 +285,14 @@ def test_a_header_that_cannot_be_sent_ends_neither_the_worker_nor_the_request(ru
 
 def test_while_all_threads_are_busy_for_long_another_worker_runs_what_comes(run: Run, gate: Gate) -> None:
     app = App(gate)
-    stuck = run(app, threads=2, lease=60_000 * MS)
+    stuck = run(app, threads=2)
     stuck.send(*numbered(40))
     stuck.answers(40)  # so fast that the worker takes more than it has threads
     stuck.send(*(request(id=f"slow{number}", path="/gate") for number in range(2)))
     gate.wait()
     gate.wait()
     stuck.send(*(request(id=f"early{number}") for number in range(30)))
-    other = run(app, lease=60_000 * MS)
+    other = run(app)
     other.answers(70)
     other.send(*(request(id=f"late{number}") for number in range(30)))
     other.answers(100)
@@ -316,7 +318,7 @@ def test_a_worker_whose_threads_are_busy_for_long_takes_no_more(run: Run, gate: 
 
 def test_a_worker_that_is_alone_runs_what_it_gave_back_as_soon_as_it_can(run: Run, gate: Gate) -> None:
     app = App(gate)
-    running = run(app, threads=1, lease=60_000 * MS)
+    running = run(app, threads=1)
     running.send(*numbered(40))
     running.answers(40)
     running.send(request(id="slow", path="/gate"), *(request(id=f"behind{number}") for number in range(20)))
@@ -361,13 +363,13 @@ def test_bytes_that_are_no_request_end_nothing(run: Run) -> None:
 
 def test_a_request_past_its_deadline_is_answered_504_and_not_run(run: Run, gate: Gate) -> None:
     app = App(gate)
-    running = run(app, threads=1, request_timeout=200 * MS, lease=5000 * MS)
+    running = run(app, threads=1, request_timeout=200 * MS)
     running.worker.stop()
     running.thread.join()
     running.send(request(id="late"))
     sent_at = time.monotonic()
     eventually(lambda: time.monotonic() > sent_at + 250 * MS)
-    again = run(app, threads=1, request_timeout=200 * MS, lease=5000 * MS)
+    again = run(app, threads=1, request_timeout=200 * MS)
     (frame,) = again.answers(1)
     assert (frame["id"], frame["status"]) == ("late", 504)
     assert app.runs == []
@@ -466,11 +468,11 @@ def view_threads() -> int:
 
 
 def test_a_worker_all_of_whose_threads_hang_finishes_what_it_can_and_ends(run: Run, gate: Gate) -> None:
-    running = run(App(gate), threads=2, request_timeout=300 * MS, lease=5000 * MS)
+    running = run(App(gate), threads=2, request_timeout=300 * MS)
     running.send(request(id="a", path="/gate"), request(id="b", path="/gate"))
     gate.wait()
     gate.wait()
-    running.thread.join(2000 * MS)
+    running.thread.join(10_000 * MS)
     assert not running.thread.is_alive()
     assert len(running.errors) == 1
     assert [frame["status"] for frame in running.frames()] == [504, 504]
@@ -484,12 +486,12 @@ def test_a_worker_all_of_whose_threads_hang_finishes_what_it_can_and_ends(run: R
 
 def test_a_request_whose_worker_died_is_run_again_and_says_so(run: Run) -> None:
     app = App(hello)
-    running = run(app, threads=1)
+    running = run(app, threads=1, **SHORT)
     running.stop()
     running.send(request())
     dead = open_broker(running.settings)
     assert len(dead.queue("dead").take(1, 1.0)) == 1
-    again = run(app)
+    again = run(app, **SHORT)
     assert len(again.answers(1)) == 1
     assert app.runs == [("1", 2)]
     dead.close()
@@ -500,7 +502,7 @@ def test_a_stream_whose_worker_died_goes_on_where_it_broke_off(run: Run, request
     from pubsub_mw.worker.answers import Answer
 
     app = App(lambda _environ: iter([b"a", b"b", b"c"]))
-    running = run(app)
+    running = run(app, **SHORT)
     running.stop()
     running.send(request())
     dead = open_broker(running.settings)
@@ -508,7 +510,7 @@ def test_a_stream_whose_worker_died_goes_on_where_it_broke_off(run: Run, request
     answer = Answer(request(), running.settings)
     answer.head(200, [])
     dead.queue("dead").settle([*answer.chunk(b"a"), *answer.chunk(b"b")], [])
-    again = run(app, request_timeout=request_timeout)
+    again = run(app, request_timeout=request_timeout, **SHORT)
     frames = again.answers(1)
     assert [frame["type"] for frame in frames] == ["response_start", *["response_chunk"] * 3, "response_end"]
     assert "".join(frame.get("body", "") for frame in frames) == "abc"
@@ -520,7 +522,7 @@ def test_a_request_whose_worker_died_after_its_answer_was_published_is_not_run_a
     from pubsub_mw.worker.answers import Answer
 
     app = App(hello)
-    running = run(app)
+    running = run(app, **SHORT)
     running.stop()
     running.send(request())
     dead = open_broker(running.settings)
@@ -528,7 +530,7 @@ def test_a_request_whose_worker_died_after_its_answer_was_published_is_not_run_a
     answer = Answer(request(), running.settings)
     answer.head(200, [])
     dead.queue("dead").settle(answer.whole(b"whole"), [])
-    again = run(app)
+    again = run(app, **SHORT)
     eventually(again.is_idle)
     assert [(frame["type"], frame["body"]) for frame in again.frames()] == [("response", "whole")]
     assert app.runs == []
@@ -537,14 +539,14 @@ def test_a_request_whose_worker_died_after_its_answer_was_published_is_not_run_a
 
 def test_a_request_that_no_worker_survives_is_answered_500_and_set_aside(run: Run) -> None:
     app = App(hello)
-    running = run(app, max_deliveries=2)
+    running = run(app, max_deliveries=2, **SHORT)
     running.stop()
     running.send(request())
     dead = open_broker(running.settings)
     queue = dead.queue("dead")
     for _ in range(2):
         eventually(lambda: queue.take(1, 0.001))
-    again = run(app, max_deliveries=2)
+    again = run(app, max_deliveries=2, **SHORT)
     (frame,) = again.answers(1)
     assert frame["status"] == 500
     eventually(again.is_idle)
@@ -583,11 +585,11 @@ def test_a_worker_that_is_told_to_stop_finishes_what_runs_and_takes_no_more(run:
 
 def test_a_worker_that_cannot_finish_in_time_leaves_it_to_another(run: Run, gate: Gate) -> None:
     app = App(gate)
-    running = run(app, threads=1, drain=100 * MS, lease=500 * MS)
+    running = run(app, threads=1, drain=100 * MS, **SHORT)
     running.send(request(path="/gate"))
     gate.wait()
     running.stop()
-    again = run(app)
+    again = run(app, **SHORT)
     gate.wait()
     gate.opened.set()
     assert len(again.answers(1)) == 1
@@ -664,7 +666,7 @@ def test_an_asgi_stream_that_is_cancelled_ends(run: Run) -> None:
 
 
 def redis_run(server: RedisServer, prefix: str, app: Any, **settings: Any) -> Running:
-    values: dict[str, Any] = {"secret": SECRET, "prefix": prefix, "lease": 300 * MS, "publish_timeout": 300 * MS}
+    values: dict[str, Any] = {"secret": SECRET, "prefix": prefix, "lease": 10_000 * MS, "publish_timeout": 300 * MS}
     worker = Worker(app, server.url, **(values | settings))
     running = Running(worker.settings, worker, threading.Thread(target=worker.run))
     running.thread.start()
@@ -675,7 +677,7 @@ def test_answers_wait_for_a_redis_that_does_not_answer_and_are_published_once(
     own_redis: RedisServer, prefix: str, gate: Gate
 ) -> None:
     app = App(gate)
-    running = redis_run(own_redis, prefix, app, lease=10_000 * MS)
+    running = redis_run(own_redis, prefix, app)
     running.send(request(path="/gate"))
     gate.wait()
     own_redis.pause()
