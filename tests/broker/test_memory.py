@@ -62,7 +62,7 @@ async def test_publishing_where_something_listens_is_not_warned_of(
 
 
 def test_expired_channels_and_keys_are_swept(prefix: str) -> None:
-    settings = build(prefix, history_ttl=10 * MS, position_ttl=10 * MS, idempotency_ttl=10 * MS)
+    settings = build(prefix, history_ttl=200 * MS, position_ttl=200 * MS, idempotency_ttl=200 * MS)
     broker = memory_broker(settings)
     broker.publish([draft(settings, f"room:{number}", idempotency_key="k") for number in range(900)])
     assert len(broker._histories) == len(broker._keys) == 900

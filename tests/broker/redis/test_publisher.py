@@ -29,7 +29,9 @@ from tests.tools.clock import MS, eventually
 from tests.tools.redis_server import RedisServer
 from tests.tools.tcp_proxy import TcpProxy
 
-TIMEOUT = 300 * MS
+TIMEOUT = 400 * MS
+IN_TIME = 2 * TIMEOUT + 1_000 * MS
+"""A publication is to fail within; the second is for a machine that stalls."""
 ROOM = Channel("room:1")
 
 
@@ -187,10 +189,10 @@ def test_a_publisher_raises_in_time_through_a_fault_and_recovers_at_once(
     assert publisher.publish(ROOM, "before").offset == 1
     with fault:
         for _ in range(2):  # on a connection that was good, and on a new one
-            error = refusal(lambda: publisher.publish(ROOM, "during"), within=3 * TIMEOUT)
+            error = refusal(lambda: publisher.publish(ROOM, "during"), within=IN_TIME)
             assert error.channels == (ROOM,)
             assert isinstance(error.__cause__, BrokerUnavailable)
-        error = refusal(lambda: publisher.many([(ROOM, 1), ("news", 2)]), within=3 * TIMEOUT)
+        error = refusal(lambda: publisher.many([(ROOM, 1), ("news", 2)]), within=IN_TIME)
         assert error.channels == (ROOM, "news")
     began = time.monotonic()
     assert publisher.publish(ROOM, "after").offset >= 1
@@ -204,7 +206,7 @@ def test_a_publisher_does_not_wait_where_redis_says_no(
     publisher = Publisher(f"redis://{proxy.address}/0", publish_timeout=60)
     publisher.publish(ROOM, "before")
     with fault:
-        refusal(lambda: publisher.publish(ROOM, "during"), within=1_000 * MS)
+        refusal(lambda: publisher.publish(ROOM, "during"), within=5_000 * MS)
     publisher.close()
 
 
@@ -216,7 +218,7 @@ def test_an_async_publisher_raises_in_time_through_a_fault_and_recovers_at_once(
         began = time.monotonic()
         with pytest.raises(PublishError) as caught:
             await publisher.publish(ROOM, "during")
-        assert time.monotonic() - began < 3 * TIMEOUT
+        assert time.monotonic() - began < IN_TIME
         assert caught.value.channels == (ROOM,)
 
     async def scenario() -> None:
@@ -240,7 +242,7 @@ def test_more_than_the_kernel_takes_is_refused_in_time_too(
     publisher = Publisher(f"redis://{proxy.address}/0", publish_timeout=TIMEOUT, max_publication_bytes=1 << 26)
     publisher.publish(ROOM, "before")
     with fault:
-        refusal(lambda: publisher.publish(ROOM, "x" * (1 << 24)), within=3 * TIMEOUT)
+        refusal(lambda: publisher.publish(ROOM, "x" * (1 << 24)), within=IN_TIME)
     publisher.close()
 
 
@@ -267,7 +269,7 @@ def test_an_error_never_shows_the_password(own_redis: RedisServer) -> None:
     own_redis.cli("CONFIG", "SET", "requirepass", "sesame")
     assert Publisher(f"redis://:sesame@127.0.0.1:{own_redis.port}/0").publish(ROOM, 1).offset == 1
     wrong = Publisher(f"redis://:guesses@127.0.0.1:{own_redis.port}/0")
-    text = str(refusal(lambda: wrong.publish(ROOM, 2), within=2_000 * MS))
+    text = str(refusal(lambda: wrong.publish(ROOM, 2), within=4_000 * MS))
     assert "guesses" not in text
     assert f"127.0.0.1:{own_redis.port}" in text
 
@@ -285,7 +287,7 @@ def test_position_and_grant_raise_in_time_too(publisher: Publisher, proxy: TcpPr
         began = time.monotonic()
         with pytest.raises(BrokerUnavailable):
             ask()
-        assert time.monotonic() - began < 3 * TIMEOUT
+        assert time.monotonic() - began < IN_TIME
 
 
 def test_a_secret_is_found_though_redis_takes_no_writes(own_redis: RedisServer) -> None:
@@ -350,7 +352,7 @@ def test_a_caller_may_try_again_with_the_same_key(
 ) -> None:
     publisher.publish(ROOM, "before")
     proxy.freeze()
-    refusal(lambda: publisher.publish(ROOM, "once", idempotency_key="k"), within=3 * TIMEOUT)
+    refusal(lambda: publisher.publish(ROOM, "once", idempotency_key="k"), within=IN_TIME)
     proxy.pass_through()  # what was frozen arrives after all
     eventually(lambda: publisher.position(ROOM).offset == 2)
     assert publisher.publish(ROOM, "once", idempotency_key="k").offset == 2
@@ -631,4 +633,4 @@ def test_greenlets_publish_while_others_wait(
     command = [sys.executable, "-W", "ignore", "-c", GREENLETS, f"redis://{proxy.address}/0", prefix]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=15_000 * MS, check=False)
     assert ended.stdout.startswith("True "), ended.stderr
-    assert float(ended.stdout.split()[1]) < 2_000 * MS
+    assert float(ended.stdout.split()[1]) < 5_000 * MS

@@ -93,16 +93,16 @@ async def test_a_read_ends_within_its_time_and_the_next_one_works(
     redis_server: RedisServer, prefix: str, tcp_proxy: Callable[[int], TcpProxy]
 ) -> None:
     proxy = tcp_proxy(redis_server.port)
-    settings = build(f"redis://{proxy.address}/0", prefix, broker_timeout=500 * MS)
+    settings = build(f"redis://{proxy.address}/0", prefix, broker_timeout=1_500 * MS)
     broker = open_async_broker(settings)
     wanted = [(Channel("room:1"), None)]
     await asyncio.gather(*(broker.read(wanted, page_bytes=1) for _ in range(20)))
     proxy.blackhole()
     began = time.monotonic()
     results = await asyncio.gather(*(broker.read(wanted, page_bytes=1) for _ in range(100)), return_exceptions=True)
-    assert time.monotonic() - began < 5_000 * MS, "all at once: one after another it would be 50 s"
+    assert time.monotonic() - began < 10_000 * MS, "all at once: one after another it would be 150 s"
     assert all(isinstance(result, BrokerUnavailable) for result in results)
-    assert f"no answer within {500 * MS:g} s" in str(results[0])
+    assert f"no answer within {1_500 * MS:g} s" in str(results[0])
     proxy.pass_through()
     (page,) = await broker.read(wanted, page_bytes=1)
     assert isinstance(page, HistoryPage)

@@ -20,7 +20,7 @@ from tests.tools.tcp_proxy import TcpProxy
 pytestmark = pytest.mark.anyio
 
 ROOM, NEWS = Channel("room:1"), Channel("news")
-PROBE_TIMEOUT = 300 * MS
+PROBE_TIMEOUT = 400 * MS
 
 
 def build(port: int, **overrides: float) -> Settings:
@@ -78,8 +78,8 @@ async def test_a_link_that_delivers_nothing_is_given_up_in_time(
         began = time.monotonic()
         begin()
         await eventually_async(lambda: "lost" in recorder.told)
-        # The bound is the timeout and one interval; the rest is for a busy machine.
-        assert time.monotonic() - began < 3 * PROBE_TIMEOUT
+        # The bound is the timeout and one interval; the rest is for a busy machine. Without probes nothing would tell.
+        assert time.monotonic() - began < 5 * PROBE_TIMEOUT
         end()
         await recorder.confirmed(ROOM)
         await eventually_async(lambda: recorder.subscriber.is_up)
@@ -110,10 +110,11 @@ async def test_a_handshake_that_is_never_answered_is_given_up_too(
 
 async def test_a_slow_link_is_no_lost_one(own_redis: RedisServer, tcp_proxy: Callable[[int], TcpProxy]) -> None:
     proxy = tcp_proxy(own_redis.port)
-    proxy.latency(PROBE_TIMEOUT / 8)
-    async with following(build(proxy.port, probe_timeout=PROBE_TIMEOUT), ROOM) as recorder:
+    timeout = 1_200 * MS
+    proxy.latency(timeout / 8)
+    async with following(build(proxy.port, probe_timeout=timeout), ROOM) as recorder:
         await eventually_async(lambda: recorder.subscriber.is_up)
-        until = time.monotonic() + 3 * PROBE_TIMEOUT
+        until = time.monotonic() + 1.5 * timeout
         await eventually_async(lambda: time.monotonic() > until)
         assert recorder.told == [ROOM]
 
@@ -231,7 +232,7 @@ async def test_a_subscriber_ends_whenever_it_is_cancelled(own_redis: RedisServer
             for _ in range(turns % 12):
                 await asyncio.sleep(0)
         task.cancel()
-        done, _ = await asyncio.wait([task], timeout=1_000 * MS)
+        done, _ = await asyncio.wait([task], timeout=5_000 * MS)
         assert done, f"cancelled after {turns} turns of the event loop, it goes on"
         assert task.cancelled()
         await broker.close()
