@@ -94,11 +94,12 @@ def test_a_changed_source_file_starts_all_anew(processes: Processes, env: dict[s
     worker = start(processes, env, 2, "--reload", cwd=tmp_path)
     before = set(running(worker))
 
-    def is_changed() -> bool:
+    def is_noticed() -> bool:
         source.write_text(text.format(2))  # again and again, since the watch may not have begun
-        return worker.log.count("version 2") >= 2
+        return "a source file changed" in worker.log
 
-    eventually(is_changed, 15_000 * MS)
+    eventually(is_noticed, 10_000 * MS)
+    eventually(lambda: worker.log.count("version 2") >= 2, 15_000 * MS)
     assert not before & set(running(worker))
 
 
