@@ -272,8 +272,9 @@ async def test_another_server_takes_over_in_the_middle_of_the_traffic(
 
 
 async def test_a_link_that_went_dead_is_noticed_by_its_silence(
-    prefix: str, tcp_proxy: Callable[[int], TcpProxy]
+    prefix: str, tcp_proxy: Callable[[int], TcpProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pubsub_mw.client.connection._PONG_SECONDS", 1.5)
     async with Endpoint("memory://", prefix=prefix, ping_interval=0.1, ping_timeout=600) as endpoint:
         proxy = tcp_proxy(endpoint.port)
         async with connect(f"http://{proxy.address}/realtime") as connection:
@@ -281,8 +282,8 @@ async def test_a_link_that_went_dead_is_noticed_by_its_silence(
             proxy.blackhole()
             began = time.monotonic()
             await endpoint.publisher.publish("room:1", "into the void")
-            await wait_until(connection, "waiting", 12_000 * MS)
-            assert 7 < time.monotonic() - began < 12
+            await wait_until(connection, "waiting")
+            assert time.monotonic() - began > 1.2, "the last ping came up to 0.1 s before"
             proxy.pass_through()
 
             assert await take(subscription, 1) == ["into the void"]
@@ -307,7 +308,7 @@ async def test_lost_history_is_told_in_its_place_and_iteration_goes_on(endpoint:
             await endpoint.publisher.publish(channel, "before")
         assert await take(silent, 1) == ["before"]
         memory_broker(endpoint.publisher.settings).lose()
-        await asyncio.wait_for(told.wait(), 5)
+        await asyncio.wait_for(told.wait(), 10_000 * MS)
         for channel in ("room:1", "room:2"):
             await endpoint.publisher.publish(channel, "after")
 
