@@ -188,7 +188,7 @@ async def test_draining_closes_everybody_over_time_and_admits_nobody(serve_realt
     clients = [await raw_client(site.ws_url) for _ in range(10)]
     for client in clients:
         await client.hello()
-    draining = asyncio.create_task(site.app.drain(500 * MS))
+    draining = asyncio.create_task(site.app.drain(1_000 * MS))
     await eventually_async(lambda: any(client.code for client in clients))
     assert not all(client.code for client in clients)
     with pytest.raises(InvalidStatus) as refusal:
@@ -211,7 +211,7 @@ async def test_without_a_secret_and_without_redis_connections_are_refused_until_
     serve_app: Serve, raw_client: Open, own_redis: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await asyncio.to_thread(own_redis.kill)
-    realtime = await asyncio.to_thread(Realtime, own_redis.url, prefix=prefix, broker_timeout=500 * MS)
+    realtime = await asyncio.to_thread(Realtime, own_redis.url, prefix=prefix, broker_timeout=2_000 * MS)
     site = await serve_app(realtime)
     with pytest.raises(InvalidStatus) as refusal:
         await raw_client(site.ws_url)

@@ -481,7 +481,7 @@ async def test_a_server_that_started_without_redis_hears_the_application_when_re
     world, proxy = behind_proxy
     proxy.refuse()
     proxy.reset()
-    quick = {"probe_interval": 0.1, "probe_timeout": 0.5, "broker_timeout": 0.2}
+    quick = {"probe_interval": 0.1, "probe_timeout": 0.5, "broker_timeout": 0.5}
     late = await world.serve(url=f"redis://{proxy.address}/0", **quick)
     began = time.monotonic()
     await eventually_async(lambda: time.monotonic() > began + 1)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 SECRET = "a secret of the tests, 32 bytes or more"
 PATH = "/pubsub/lifecycle"
 CANARY = "a-cookie-that-is-kept-nowhere"
-GRACE = 400 * MS
+GRACE = 700 * MS
 Open = Callable[..., Awaitable[RawClient]]
 
 
@@ -39,7 +39,7 @@ class World:
 
     def __init__(self, url: str, prefix: str, open_client: Open) -> None:
         self.options: dict[str, Any] = {"url": url, "prefix": prefix, "secret": SECRET, "lifecycle": PATH}
-        self.options |= {"lifecycle_grace": GRACE, "presence_ttl": 1000 * MS}
+        self.options |= {"lifecycle_grace": GRACE, "presence_ttl": 1_500 * MS}
         self.publisher = Publisher(**self.options)
         self.servers = Servers()
         self._open = open_client

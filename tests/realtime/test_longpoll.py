@@ -260,7 +260,7 @@ class TestConnections:
     async def test_who_polls_on_has_not_gone_and_who_stops_has(
         self, serve_realtime: Serve, http: httpx.AsyncClient, publisher: AsyncPublisher
     ) -> None:
-        here, there = [await serve_realtime(presence_grace=500 * MS) for _ in range(2)]
+        here, there = [await serve_realtime(presence_grace=800 * MS) for _ in range(2)]
         watcher = await RawClient.connect(here.ws_url + "/")
         await watcher.hello(grant=await publisher.grant(user="w", channels=["*"]), channels={"presence-a": None})
         await watcher.recv("subscribed", "presence-a")
@@ -376,7 +376,7 @@ async def test_a_client_that_is_gone_is_not_waited_for(serve_realtime: Serve, ht
 async def test_redis_is_not_asked_to_follow_a_channel_anew_for_each_poll(
     http: httpx.AsyncClient, own_redis: RedisServer, prefix: str
 ) -> None:
-    options: dict[str, Any] = {"url": own_redis.url, "prefix": prefix, "secret": SECRET, "channel_linger": 300 * MS}
+    options: dict[str, Any] = {"url": own_redis.url, "prefix": prefix, "secret": SECRET, "channel_linger": 1_000 * MS}
 
     def build() -> ASGIApp:
         realtime = Realtime(**options)

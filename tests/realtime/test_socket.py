@@ -315,7 +315,10 @@ async def test_frames_are_taken_in_order_while_one_takes_its_time(serve_realtime
     assert set(found) == {"room", *(f"c{i}" for i in range(50))}
 
 
-async def test_who_does_not_answer_a_close_is_cut_off(serve_realtime: Serve, connect: Connect) -> None:
+async def test_who_does_not_answer_a_close_is_cut_off(
+    serve_realtime: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_mw.realtime.socket.CLOSE_SECONDS", 500 * MS)
     site = await serve_realtime(connect_timeout=50 * MS)
     peer = await connect(site, says_connect=False)
     assert (await peer.recv_json("disconnect"))["code"] == CloseCode.CONNECT_TIMEOUT

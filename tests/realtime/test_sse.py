@@ -5,6 +5,7 @@ import gc
 import json
 import re
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -129,9 +130,9 @@ def test_a_million_line_ends_cost_no_time() -> None:
     frame = frame_of(data)
 
     async def rendered() -> tuple[float, bytes]:
-        began = asyncio.get_running_loop().time()
+        began = time.process_time()  # not what others on this machine take
         text = sse._Plain(Cursor("room"), "").render(frame)
-        return asyncio.get_running_loop().time() - began, text
+        return time.process_time() - began, text
 
     seconds, text = asyncio.run(rendered())
     assert seconds < 1000 * MS

@@ -125,7 +125,7 @@ async def test_who_sends_nothing_is_closed_in_time(serve_realtime: Serve, raw_cl
 
 
 async def test_pings_come_and_who_does_not_answer_is_closed(serve_realtime: Serve, raw_client: Open) -> None:
-    site = await serve_realtime(ping_interval=100 * MS, ping_timeout=200 * MS)
+    site = await serve_realtime(ping_interval=100 * MS, ping_timeout=600 * MS)
     alive = await connected(raw_client, site)
     dead = await raw_client(site.ws_url, answer_pings=False)
     assert (await dead.hello())["ping"] == 100 * MS
@@ -172,8 +172,10 @@ async def test_two_origins_are_refused(serve_realtime: Serve) -> None:
 
 
 async def test_a_slow_client_is_closed_and_others_still_receive(
-    serve_realtime: Serve, raw_client: Open, publisher: AsyncPublisher
+    serve_realtime: Serve, raw_client: Open, publisher: AsyncPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in ("socket", "websocket"):
+        monkeypatch.setattr(f"pubsub_mw.realtime.{module}.CLOSE_SECONDS", 500 * MS)
     site = await serve_realtime(send_queue_bytes=100_000)
     slow, quick = await connected(raw_client, site, "room"), await connected(raw_client, site, "room")
     slow.pause()
