@@ -1,6 +1,7 @@
 """Give every test real parts of its own, and hold the event loop to its rules."""
 
 import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -52,6 +53,13 @@ def _settings_from_tests_alone() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("PUBSUB_")]:
             patch.delenv(name)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_hear_an_interrupt() -> None:
+    """A shell that runs the tests in the background has SIGINT ignored, and all that they start would inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
