@@ -248,7 +248,9 @@ async def test_another_server_takes_over_in_the_middle_of_the_traffic(
     redis_server: RedisServer, processes: Processes, prefix: str, tcp_proxy: Callable[[int], TcpProxy]
 ) -> None:
     env = {"PUBSUB_URL": redis_server.url, "PUBSUB_PREFIX": prefix, "PUBSUB_SECRET": SECRET}
-    first, second = processes.uvicorn(env=env), processes.uvicorn(env=env)
+    first, second = (processes.uvicorn(env=env, wait=False) for _ in range(2))
+    await asyncio.to_thread(first.wait_until_ready)
+    await asyncio.to_thread(second.wait_until_ready)
     proxy = tcp_proxy(first.port)
     endpoint = Endpoint(redis_server.url, prefix=prefix, history_size=1_000)  # not started: for its publisher
     async with connect(f"http://{proxy.address}/realtime") as c:

@@ -90,8 +90,10 @@ def deployment(
         "PUBSUB_DRAIN": "1",
         **settings,
     }
-    app = processes.gunicorn("tests.apps.behind:app", env=env)
-    servers = [processes.uvicorn(env=env, port=free_port()) for _ in range(2)]
+    app = processes.gunicorn("tests.apps.behind:app", env=env, wait=False)
+    servers = [processes.uvicorn(env=env, port=free_port(), wait=False) for _ in range(2)]
+    for served in (app, *servers):
+        served.wait_until_ready()
     processes.pubsub_mw("worker", "tests.apps.behind:app", env=env)
     return Deployment(
         nginx=Nginx(processes, tmp_path, app.port, [server.port for server in servers]),

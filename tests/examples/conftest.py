@@ -206,12 +206,13 @@ def deployment(
         "PUBSUB_DRAIN": "1",
         **settings,
     }
-    app = processes.gunicorn(example.app, env=env, cwd=example.folder, ready_path=example.page)
+    app = processes.gunicorn(example.app, env=env, cwd=example.folder, ready_path=example.page, wait=False)
     realtime_port = free_port()
     nginx = Nginx(processes, tmp_path, app.port, [realtime_port])
     site = Site(example=example, address=nginx.url, processes=processes, env=env, app=app, nginx=nginx)
-    site.start_realtime(realtime_port)
     site.start_worker()
+    site.start_realtime(realtime_port)
+    app.wait_until_ready()
     return site
 
 

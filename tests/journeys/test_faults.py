@@ -43,7 +43,9 @@ class Stage:
             "PUBSUB_SECRET": "a secret of thirty-two bytes or more",
             "PUBSUB_HISTORY_SIZE": "100000",
         }
-        self.servers: list[Served] = [processes.uvicorn(env=env) for _ in range(2)]
+        self.servers: list[Served] = [processes.uvicorn(env=env, wait=False) for _ in range(2)]
+        for server in self.servers:
+            server.wait_until_ready()
 
     @property
     def urls(self) -> list[str]:

@@ -26,8 +26,10 @@ def test_fifty_restless_clients_get_ten_thousand_publications_once_and_in_order(
         "PUBSUB_SECRET": "a secret of thirty-two bytes or more",
         "PUBSUB_HISTORY_SIZE": str(PUBLICATIONS),
     }
-    servers = [processes.uvicorn(env=env) for _ in range(2)]
+    servers = [processes.uvicorn(env=env, wait=False) for _ in range(2)]
     site = processes.gunicorn("tests.apps.publishing:app", env=env)
+    for server in servers:
+        server.wait_until_ready()
     channels = [f"room:{number}" for number in range(CHANNELS)]
     urls = [f"{server.ws_url}/realtime/" for server in servers]
     chance = random.Random(1)

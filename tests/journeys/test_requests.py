@@ -24,6 +24,8 @@ Connect = Callable[..., Awaitable[RawClient]]
 
 SECRET = "a secret of thirty-two bytes or more"
 ENDS = ("response", "response_end")
+SHORT_LEASE = {"PUBSUB_LEASE": str(1_000 * MS)}
+"""For tests in which a worker dies; elsewhere none runs out on a machine that stalls."""
 
 
 class Site:
@@ -40,7 +42,7 @@ class Site:
             "PUBSUB_PREFIX": prefix,
             "PUBSUB_SECRET": SECRET,
             "PUBSUB_REQUESTS": "/*",
-            "PUBSUB_LEASE": str(1000 * MS),
+            "PUBSUB_LEASE": str(20_000 * MS),
             "PUBSUB_DRAIN": "1",
             "RUNS": str(self._runs),
             "GATE": str(self._gate),
@@ -48,6 +50,11 @@ class Site:
 
     def server(self, **settings: str) -> Served:
         return self._processes.uvicorn(env=self.env | settings)
+
+    def servers(self) -> list[Served]:
+        """Two of them, which start at the same time."""
+        servers = [self._processes.uvicorn(env=self.env, wait=False) for _ in range(2)]
+        return [server.wait_until_ready() for server in servers]
 
     def worker(self, *options: str, app: str = "tests.apps.answering:app", **settings: str) -> Served:
         return self._processes.pubsub_mw("worker", app, *options, env=self.env | settings)
@@ -124,7 +131,7 @@ async def resume(connect: Connect, url: str, hello: Frame, at: str | None = None
 
 
 async def test_a_view_runs_as_if_by_http_and_its_answer_comes_back(site: Site, raw_client: Connect) -> None:
-    server, _ = site.server(), site.worker()
+    _, server = site.worker(), site.server()
     headers = {"Cookie": "session=canary-of-the-handshake", "X-Forwarded-For": "203.0.113.9"}
     client = await raw_client(realtime(server), origin=server.url, headers=headers)
     await client.hello()
@@ -169,7 +176,7 @@ async def test_the_cookies_of_a_connection_are_in_redis_only_until_its_request_i
 
 
 async def test_a_cookie_that_a_view_sets_is_in_no_frame_and_nowhere_in_redis(site: Site, raw_client: Connect) -> None:
-    server, worker = site.server(), site.worker()
+    worker, server = site.worker(), site.server()
     client = await raw_client(realtime(server))
     await client.hello()
     await send(client, "1", "/cookie")
@@ -202,7 +209,7 @@ async def test_a_path_that_is_not_allowed_never_gets_into_the_queue(site: Site, 
 
 
 async def test_large_bodies_come_in_chunks_and_are_the_same(site: Site, raw_client: Connect) -> None:
-    server, _ = site.server(), site.worker()
+    _, server = site.worker(), site.server()
     client = await raw_client(realtime(server))
     await client.hello()
     size = 3 << 20
@@ -255,7 +262,7 @@ async def test_a_full_backlog_refuses_and_what_waits_is_answered_in_order(site: 
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 async def test_so_many_requests_of_a_connection_run_at_once(site: Site, raw_client: Connect, in_flight: int) -> None:
-    server, _ = site.server(PUBSUB_IN_FLIGHT=str(in_flight)), site.worker("--threads", "8")
+    _, server = site.worker("--threads", "8"), site.server(PUBSUB_IN_FLIGHT=str(in_flight))
     client = await raw_client(realtime(server))
     await client.hello()
     for number in range(5):
@@ -274,7 +281,7 @@ async def test_so_many_requests_of_a_connection_run_at_once(site: Site, raw_clie
 
 
 async def test_a_request_that_no_worker_takes_is_answered_504_in_time(site: Site, raw_client: Connect) -> None:
-    settings = {"PUBSUB_REQUEST_TIMEOUT": str(300 * MS), "PUBSUB_REQUEST_GRACE": str(100 * MS)}
+    settings = {"PUBSUB_REQUEST_TIMEOUT": str(900 * MS), "PUBSUB_REQUEST_GRACE": str(100 * MS)}
     server = site.server(**settings)
     client = await raw_client(realtime(server))
     await client.hello()
@@ -295,8 +302,8 @@ async def test_a_request_that_no_worker_takes_is_answered_504_in_time(site: Site
 async def test_a_request_sent_again_while_it_runs_is_run_once_and_answered_once(
     site: Site, raw_client: Connect
 ) -> None:
-    servers = [site.server(), site.server()]
     site.worker()
+    servers = site.servers()
     client = await raw_client(realtime(servers[0]))
     hello = await client.hello()
     await send(client, "1", "/gate")
@@ -317,7 +324,7 @@ async def test_a_request_sent_again_while_it_runs_is_run_once_and_answered_once(
 async def test_a_request_sent_again_after_it_was_answered_gets_the_stored_answer(
     site: Site, raw_client: Connect, had_received: bool
 ) -> None:
-    server, _ = site.server(), site.worker()
+    _, server = site.worker(), site.server()
     client = await raw_client(realtime(server))
     hello = await client.hello()
     await send(client, "1", "/run")
@@ -333,8 +340,8 @@ async def test_a_request_sent_again_after_it_was_answered_gets_the_stored_answer
 
 
 async def test_a_stream_goes_on_in_the_middle_on_another_server(site: Site, raw_client: Connect) -> None:
-    servers = [site.server(), site.server()]
     site.worker()
+    servers = site.servers()
     client = await raw_client(realtime(servers[0]))
     hello = await client.hello()
     await send(client, "1", "/stream/10")
@@ -359,7 +366,7 @@ async def test_a_stream_goes_on_in_the_middle_on_another_server(site: Site, raw_
 async def test_a_stream_that_ended_while_its_client_was_away_is_there_when_it_is_back(
     site: Site, raw_client: Connect
 ) -> None:
-    server, _ = site.server(), site.worker()
+    _, server = site.worker(), site.server()
     client = await raw_client(realtime(server))
     hello = await client.hello()
     await send(client, "1", "/stream/6")
@@ -381,7 +388,7 @@ async def test_a_stream_that_ended_while_its_client_was_away_is_there_when_it_is
 async def test_a_cancelled_stream_closes_its_iterator_and_lets_the_next_request_run(
     site: Site, raw_client: Connect
 ) -> None:
-    server, _ = site.server(), site.worker()
+    _, server = site.worker(), site.server()
     client = await raw_client(realtime(server))
     await client.hello()
     await send(client, "1", "/stream/1000000")
@@ -404,7 +411,8 @@ async def test_a_cancelled_stream_closes_its_iterator_and_lets_the_next_request_
 async def test_a_worker_that_is_killed_in_the_middle_is_replaced_and_the_view_runs_again(
     site: Site, raw_client: Connect
 ) -> None:
-    server, _ = site.server(), site.worker("--processes", "2")
+    site.env |= SHORT_LEASE
+    _, server = site.worker("--processes", "2"), site.server()
     client = await raw_client(realtime(server))
     await client.hello()
     await send(client, "1", "/die")
@@ -421,10 +429,10 @@ async def test_a_worker_that_is_killed_in_the_middle_is_replaced_and_the_view_ru
 async def test_a_stream_whose_worker_is_killed_goes_on_where_it_broke_off_however_long_it_takes(
     site: Site, raw_client: Connect
 ) -> None:
-    lease, ttl, timeout = 500 * MS, 100 * MS, 1_500 * MS
+    lease, ttl, timeout = 1_000 * MS, 100 * MS, 1_500 * MS
     site.env |= {"PUBSUB_LEASE": str(lease), "PUBSUB_IDEMPOTENCY_TTL": str(ttl)}
     site.env |= {"PUBSUB_REQUEST_TIMEOUT": str(timeout), "PUBSUB_REQUEST_GRACE": "0"}
-    server, worker = site.server(), site.worker("--processes", "2")
+    worker, server = site.worker("--processes", "2"), site.server()
     await asyncio.to_thread(worker.wait_for_log, "takes requests", 10_000 * MS)
     client = await raw_client(realtime(server))
     await client.hello()
@@ -445,7 +453,8 @@ async def test_a_stream_whose_worker_is_killed_goes_on_where_it_broke_off_howeve
 
 
 async def test_a_worker_that_seemed_dead_and_wakes_up_is_not_heard(site: Site, raw_client: Connect) -> None:
-    server, _ = site.server(), site.worker()
+    site.env |= SHORT_LEASE
+    _, server = site.worker(), site.server()
     client = await raw_client(realtime(server))
     await client.hello()
     await send(client, "1", "/gate")
@@ -486,7 +495,7 @@ async def test_a_worker_all_of_whose_threads_hang_is_started_anew(site: Site, ra
 
 
 async def test_a_worker_that_is_told_to_stop_answers_what_it_runs(site: Site, raw_client: Connect) -> None:
-    server, worker = site.server(), site.worker(PUBSUB_DRAIN="10")
+    worker, server = site.worker(PUBSUB_DRAIN="10"), site.server()
     client = await raw_client(realtime(server))
     await client.hello()
     await send(client, "1", "/gate")
@@ -520,8 +529,8 @@ def order_of(site: Site, connection: str) -> list[tuple[str, int]]:
 async def test_after_a_reconnect_in_mid_stream_the_next_request_waits_for_the_end_of_the_stream(
     site: Site, raw_client: Connect
 ) -> None:
-    servers = [site.server(), site.server()]
     site.worker("--threads", "4")
+    servers = site.servers()
     client = await raw_client(realtime(servers[0]))
     hello = await client.hello()
     await send(client, "1", "/stream/6")
@@ -545,7 +554,8 @@ async def test_after_a_reconnect_in_mid_stream_the_next_request_waits_for_the_en
 
 
 async def test_what_waits_in_line_survives_the_worker_that_is_killed(site: Site, raw_client: Connect) -> None:
-    server, _ = site.server(), site.worker("--processes", "2")
+    site.env |= SHORT_LEASE
+    _, server = site.worker("--processes", "2"), site.server()
     client = await raw_client(realtime(server))
     hello = await client.hello()
     await send(client, "1", "/die")
@@ -557,8 +567,8 @@ async def test_what_waits_in_line_survives_the_worker_that_is_killed(site: Site,
 
 
 async def test_what_waits_in_line_survives_the_server_that_is_killed(site: Site, raw_client: Connect) -> None:
-    servers = [site.server(), site.server()]
     site.worker()
+    servers = site.servers()
     client = await raw_client(realtime(servers[0]))
     hello = await client.hello()
     await send(client, "1", "/gate")
@@ -579,8 +589,8 @@ async def test_a_redis_that_lost_everything_is_told_and_holds_nobody_up(
     processes: Processes, own_redis: RedisServer, prefix: str, tmp_path: Path, raw_client: Connect
 ) -> None:
     site = Site(processes, own_redis, prefix, tmp_path)
-    settings = {"PUBSUB_REQUEST_TIMEOUT": str(1_000 * MS), "PUBSUB_REQUEST_GRACE": str(200 * MS)}
-    server, worker = site.server(**settings), site.worker("--threads", "4", **settings)
+    settings = {"PUBSUB_REQUEST_TIMEOUT": str(2_500 * MS), "PUBSUB_REQUEST_GRACE": str(200 * MS)}
+    worker, server = site.worker("--threads", "4", **settings), site.server(**settings)
     await asyncio.to_thread(worker.wait_for_log, "takes requests", 10_000 * MS)  # what waits for it is answered 504
     client = await raw_client(realtime(server))
     await client.hello()
@@ -609,7 +619,7 @@ async def test_a_starlette_app_answers_and_streams(site: Site, raw_client: Conne
     if is_one_process:
         server = site.whole("tests.apps.answering_asgi:app")
     else:
-        server, _ = site.server(), site.worker(app="tests.apps.answering_asgi:app")
+        _, server = site.worker(app="tests.apps.answering_asgi:app"), site.server()
     client = await raw_client(realtime(server), origin=server.url, headers={"Cookie": "a=b"})
     await client.hello(channels={"news": None})
     await client.send({"type": "request", "id": "1", "method": "POST", "path": "/echo?q=1", "headers": {}, "body": "ä"})
@@ -666,7 +676,8 @@ async def test_workers_that_are_killed_and_rolled_lose_nothing_double_nothing_an
     site: Site, raw_client: Connect
 ) -> None:
     connections, requests = 50, 200
-    server, worker = site.server(), site.worker("--processes", "4")
+    site.env |= SHORT_LEASE
+    worker, server = site.worker("--processes", "4"), site.server()
     senders = [Sender(await raw_client(realtime(server)), requests) for _ in range(connections)]
     running = asyncio.gather(*(sender.run() for sender in senders))
     total = connections * requests

@@ -157,8 +157,9 @@ class Served:
 class Processes:
     """Start processes of one test; `close` kills them, newest first.
 
-    Every start waits until the process answers. In an async test that holds the event loop for about half a second;
-    where something in the loop must go on meanwhile, use `await asyncio.to_thread(processes.uvicorn, ...)`.
+    Every start waits until the process answers; with `wait=False` it does not, and several start at the same time.
+    In an async test waiting holds the event loop for about half a second; where something in the loop must go on
+    meanwhile, use `await asyncio.to_thread(processes.uvicorn, ...)`.
     """
 
     def __init__(self) -> None:
@@ -189,10 +190,11 @@ class Processes:
         port: int | None = None,
         cwd: Path = PROJECT,
         ready_path: str | None = "/realtime/health",
+        wait: bool = True,
     ) -> Served:
         port = port or free_port()
         command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), *args]
-        return self.start(command, port=port, env=env, cwd=cwd, ready_path=ready_path)
+        return self.start(command, port=port, env=env, cwd=cwd, ready_path=ready_path, wait=wait)
 
     def gunicorn(
         self,
@@ -204,11 +206,12 @@ class Processes:
         port: int | None = None,
         cwd: Path = PROJECT,
         ready_path: str | None = None,
+        wait: bool = True,
     ) -> Served:
         port = port or free_port()
         command = [sys.executable, "-m", "gunicorn", app, "--bind", f"127.0.0.1:{port}", "--workers", str(workers)]
         command += ["--worker-tmp-dir", str(self._directory), *(["--preload"] if preload else []), *args]
-        return self.start(command, port=port, env=env, cwd=cwd, ready_path=ready_path)
+        return self.start(command, port=port, env=env, cwd=cwd, ready_path=ready_path, wait=wait)
 
     def pubsub_mw(
         self,
