@@ -1,5 +1,6 @@
 """Run an example in development and in production, and open windows on it."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable
@@ -166,13 +167,21 @@ def example(request: pytest.FixtureRequest) -> Example:
     return param
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of the Django example, there and empty; to be copied."""
+    path = tmp_path_factory.mktemp("django") / "comments.sqlite3"
+    command = [sys.executable, "manage.py", "migrate", "--verbosity", "0"]
+    subprocess.run(command, cwd=DJANGO.folder, env={"COMMENTS_DB": str(path)}, check=True)
+    return path
+
+
 @pytest.fixture
-def env(example: Example, tmp_path: Path) -> dict[str, str]:
+def env(example: Example, tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, str]:
     """Where the example keeps its data, which is there and empty."""
     env = {"CHAT_DB": str(tmp_path / "chat.sqlite3"), "COMMENTS_DB": str(tmp_path / "comments.sqlite3")}
     if example is DJANGO:
-        command = [sys.executable, "manage.py", "migrate", "--verbosity", "0"]
-        subprocess.run(command, cwd=example.folder, env=env, check=True)
+        shutil.copy(request.getfixturevalue("migrated"), env["COMMENTS_DB"])
     return env
 
 
@@ -204,6 +213,7 @@ def deployment(
         "PUBSUB_SECRET": "a secret of thirty-two bytes or more",
         "PUBSUB_REQUESTS": example.requests,
         "PUBSUB_DRAIN": "1",
+        "PUBSUB_LEASE": "3",  # so long a request waits whose worker was killed
         **settings,
     }
     app = processes.gunicorn(example.app, env=env, cwd=example.folder, ready_path=example.page, wait=False)
