@@ -126,7 +126,7 @@ class ScriptedServer:
 
     async def accept(self) -> dict[str, Any]:
         """Wait for a connection; its `connect` frame."""
-        async with asyncio.timeout(5000 * MS):
+        async with asyncio.timeout(10_000 * MS):
             self._socket = await self._accepted.get()
         return await self.hear()
 
@@ -137,7 +137,7 @@ class ScriptedServer:
         return frame
 
     async def hear(self) -> dict[str, Any]:
-        async with asyncio.timeout(5000 * MS):
+        async with asyncio.timeout(10_000 * MS):
             frame: dict[str, Any] = json.loads(await self.socket.recv())
         return frame
 

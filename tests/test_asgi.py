@@ -214,7 +214,7 @@ def test_a_response_is_closed_once(together: Together, headers: list[tuple[str, 
 
     with serving(together(app)) as address:
         assert httpx.get(f"http://{address}/").text == ("a" if headers == [("Content-Length", "1")] else "ab")
-        assert body.closed.wait(2_000 * MS)
+        assert body.closed.wait(5_000 * MS)
     assert body.closes == 1
 
 
@@ -304,7 +304,7 @@ def test_requests_that_wait_for_each_other_both_finish(together: Together) -> No
     meeting = threading.Barrier(8)
 
     def app(environ: Environ, start_response: StartResponse) -> list[bytes]:  # noqa: ARG001
-        meeting.wait(2_000 * MS)
+        meeting.wait(5_000 * MS)
         start_response(*OK)
         return [b"met"]
 
@@ -321,16 +321,16 @@ def test_a_waiting_view_holds_up_neither_health_nor_sockets(together: Together) 
     go_on = threading.Event()
 
     def app(environ: Environ, start_response: StartResponse) -> list[bytes]:  # noqa: ARG001
-        go_on.wait(5_000 * MS)
+        go_on.wait(10_000 * MS)
         start_response(*OK)
         return [b""]
 
     async def scenario(address: str) -> None:
         async with httpx.AsyncClient() as client:
-            waiting = [asyncio.create_task(client.get(f"http://{address}/")) for _ in range(20)]
+            waiting = [asyncio.create_task(client.get(f"http://{address}/", timeout=10)) for _ in range(20)]
             async with await RawClient.connect(f"ws://{address}/realtime") as browser:
                 await browser.send({"type": "connect"})
-                await browser.recv("connected", timeout=1_000 * MS)
+                await browser.recv("connected", timeout=5_000 * MS)
             assert (await client.get(f"http://{address}/realtime/health")).status_code == 200
             assert not any(task.done() for task in waiting)
             go_on.set()
@@ -346,7 +346,7 @@ def test_chunks_arrive_as_they_are_made(together: Together) -> None:
     def app(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:  # noqa: ARG001
         start_response(*OK)
         yield b"first"
-        assert go_on.wait(2_000 * MS)
+        assert go_on.wait(5_000 * MS)
         yield b"second"
 
     with serving(together(app)) as address, httpx.stream("GET", f"http://{address}/") as response:
@@ -375,7 +375,7 @@ def test_an_endless_response_ends_when_its_client_is_gone(together: Together) ->
             client.request("GET", "/")
             assert client.getresponse().read(5_000)
             assert not ended.is_set()
-        assert ended.wait(2_000 * MS)
+        assert ended.wait(5_000 * MS)
 
 
 def test_a_pubsub_that_is_there_already_serves_the_views(together: Together, prefix: str) -> None:

@@ -248,9 +248,9 @@ def test_patterns_agree_with_globs_that_have_stars_alone(patterns: list[str], te
 
 def test_no_pattern_makes_a_long_name_slow() -> None:
     matches = compile_patterns(["*a*a*a*a*a*a*a*a*a*b"])
-    began = time.perf_counter()
+    began = time.process_time()
     assert not matches("a" * 200)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 HANDSHAKE = Handshake(

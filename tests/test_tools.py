@@ -91,31 +91,34 @@ def test_proxy_passes_bytes_both_ways_and_a_close_in_order(echo: EchoServer, tcp
 
 def test_frozen_bytes_arrive_when_it_thaws(echo: EchoServer, tcp_proxy: Proxy) -> None:
     proxy = tcp_proxy(echo.port)
-    with dial(proxy.port, 100 * MS) as client:
+    with dial(proxy.port) as client:
         client.sendall(b"before")
         assert client.recv(6) == b"before"
         proxy.freeze()
         client.sendall(b"frozen")
+        client.settimeout(100 * MS)
         with pytest.raises(TimeoutError):
             client.recv(6)
         assert echo.received == b"before"
         proxy.pass_through()
+        client.settimeout(2_000 * MS)
         assert client.recv(6) == b"frozen"
 
 
 def test_a_black_hole_takes_bytes_for_good_and_its_connections_stay_dark(echo: EchoServer, tcp_proxy: Proxy) -> None:
     proxy = tcp_proxy(echo.port)
-    with dial(proxy.port, 100 * MS) as old, dial(proxy.port, 100 * MS) as idle:
+    with dial(proxy.port) as old, dial(proxy.port) as idle:
         idle.sendall(b"a")
         assert idle.recv(1) == b"a"
         proxy.blackhole()
         for _ in range(20):
             old.sendall(b"x" * 65_536)  # taken, or this would run into its timeout
-        with dial(proxy.port, 100 * MS) as during:
+        with dial(proxy.port) as during:
             during.sendall(b"y")
             eventually(lambda: proxy.connections == 3)
         proxy.pass_through()
         old.sendall(b"z")
+        old.settimeout(100 * MS)
         with pytest.raises(TimeoutError):
             old.recv(1)
         idle.sendall(b"b")
@@ -272,7 +275,7 @@ def test_redis_keeps_its_data_when_told_to() -> None:
 
 
 def test_a_paused_redis_accepts_and_does_not_answer(own_redis: RedisServer) -> None:
-    with redis.Redis(port=own_redis.port, socket_timeout=100 * MS, retry=NEVER) as client:
+    with redis.Redis(port=own_redis.port, socket_timeout=500 * MS, retry=NEVER) as client:
         assert client.ping()
         own_redis.pause()
         with pytest.raises(redis.TimeoutError):

@@ -57,7 +57,7 @@ async def publish_all(endpoint: Endpoint, channel: str, data: range) -> None:
     await endpoint.publisher.many([(channel, item) for item in data])
 
 
-async def wait_until(connection: Connection, state: str, timeout: float = 5000 * MS) -> None:
+async def wait_until(connection: Connection, state: str, timeout: float = 10_000 * MS) -> None:
     await eventually_async(lambda: connection.state == state, timeout, f"state is not {state}")
 
 
@@ -115,7 +115,7 @@ async def test_a_callback_may_close_the_connection(endpoint: Endpoint) -> None:
     async with connect(endpoint.url) as connection:
         await connection.subscribe("room:1", leave)
         await endpoint.publisher.publish("room:1", None)
-        async with asyncio.timeout(5000 * MS):
+        async with asyncio.timeout(10_000 * MS):
             await connection.wait_closed()
     assert connection.state == "closed"
 

@@ -92,7 +92,7 @@ async def scripted(script: ScriptedServer) -> AsyncIterator[Connection]:
 
 async def failure_of(fetching: "asyncio.Task[Any]") -> str:
     """With which code a request was rejected."""
-    async with asyncio.timeout(5000 * MS):
+    async with asyncio.timeout(10_000 * MS):
         with pytest.raises(RequestFailed) as caught:
             await fetching
     return caught.value.code

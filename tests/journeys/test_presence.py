@@ -75,7 +75,7 @@ class Tab:
         assert all(frame["channel"] == ROOM for frame in frames)
         return [(frame["type"], frame["member"]["user"]) for frame in frames]
 
-    async def told(self, *changes: tuple[str, str], timeout: float = 5000 * MS) -> None:
+    async def told(self, *changes: tuple[str, str], timeout: float = 10_000 * MS) -> None:
         """Wait until exactly these were told, in this order."""
         try:
             await eventually_async(lambda: len(self.changes()) >= len(changes), timeout)

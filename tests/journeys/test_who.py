@@ -81,7 +81,7 @@ class Deployment:
         reports = [json.loads(report) for report in self._redis.cli("LRANGE", self._reports, 0, -1)]
         return [report["event"] for report in reports if report["connection"] == hello["connection"]]
 
-    async def events_become(self, hello: Frame, *events: str, timeout: float = 5000 * MS) -> None:
+    async def events_become(self, hello: Frame, *events: str, timeout: float = 10_000 * MS) -> None:
         await eventually_async(lambda: self.events(hello) == list(events), timeout, f"{self.events(hello)}")
 
 

@@ -100,5 +100,5 @@ def publisher(prefix: str) -> AsyncPublisher:
 
 @pytest.fixture
 async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=5000 * MS, trust_env=False, verify=False) as client:
+    async with httpx.AsyncClient(timeout=10_000 * MS, trust_env=False, verify=False) as client:
         yield client

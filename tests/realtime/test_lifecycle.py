@@ -66,7 +66,7 @@ class World:
     def events(self, hello: Frame) -> list[str]:
         return [report["event"] for report in self.told if report["connection"] == hello["connection"]]
 
-    async def events_become(self, hello: Frame, *events: str, timeout: float = 5000 * MS) -> None:
+    async def events_become(self, hello: Frame, *events: str, timeout: float = 10_000 * MS) -> None:
         await eventually_async(lambda: self.events(hello) == list(events), timeout, f"{self.events(hello)}")
 
     async def another_comes_and_goes(self, server: Server | None = None) -> None:

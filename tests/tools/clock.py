@@ -22,7 +22,7 @@ _PAUSES_SECONDS = (0.001, 0.01)
 """Between two looks: at first, and after a while. Most of what is waited for is there at once or soon."""
 
 
-def eventually(condition: Callable[[], T], timeout: float = 5000 * MS, message: str = "") -> T:
+def eventually(condition: Callable[[], T], timeout: float = 10_000 * MS, message: str = "") -> T:
     """Call `condition` until what it returns is true, and return that.
 
     An `AssertionError` in `condition` means *not yet*, and the last one is the cause of the failure in the end.
@@ -46,7 +46,7 @@ async def eventually_async(condition: Callable[[], Awaitable[T]], timeout: float
 @overload
 async def eventually_async(condition: Callable[[], T], timeout: float = ..., message: str = ...) -> T: ...
 async def eventually_async(
-    condition: Callable[[], T | Awaitable[T]], timeout: float = 5000 * MS, message: str = ""
+    condition: Callable[[], T | Awaitable[T]], timeout: float = 10_000 * MS, message: str = ""
 ) -> T:
     """Do the same on the event loop; `condition` may be a coroutine function."""
     began = time.monotonic()

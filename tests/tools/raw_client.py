@@ -55,7 +55,7 @@ class RawClient:
         ssl: SSLContext | None = None,
         local_address: str | None = None,
         answer_pings: bool = True,
-        timeout: float = 5000 * MS,
+        timeout: float = 10_000 * MS,
     ) -> "RawClient":
         """Open the WebSocket, and send nothing yet. A refused handshake raises `websockets.InvalidStatus`."""
         websocket = await connect_websocket(
@@ -74,7 +74,7 @@ class RawClient:
         )
         return cls(websocket, answer_pings)
 
-    async def hello(self, timeout: float = 5000 * MS, **fields: Any) -> Frame:
+    async def hello(self, timeout: float = 10_000 * MS, **fields: Any) -> Frame:
         """Send `connect` with `fields` (`grant`, `resume`, `channels`) and return the `connected` frame."""
         await self.send({"type": "connect", **fields})
         return await self.recv("connected", timeout=timeout)
@@ -83,7 +83,7 @@ class RawClient:
         """Send a dict as JSON; text and bytes go out as they are, for what no client should send."""
         await self.websocket.send(json.dumps(frame) if isinstance(frame, dict) else frame)
 
-    async def recv(self, type: str | None = None, channel: str | None = None, timeout: float = 5000 * MS) -> Frame:  # noqa: A002
+    async def recv(self, type: str | None = None, channel: str | None = None, timeout: float = 10_000 * MS) -> Frame:  # noqa: A002
         """Return the oldest frame not yet returned that has this type and channel; frames passed over wait their turn.
 
         Pings are left out. Fails with all that came when nothing fits in time, or when the connection ends first.
@@ -113,7 +113,7 @@ class RawClient:
         """The `data` of every message on `channel` so far, in the order in which they came."""
         return [f["data"] for f in self.received if f.get("type") == "message" and f.get("channel") == channel]
 
-    async def closed(self, timeout: float = 5000 * MS) -> tuple[int, str]:
+    async def closed(self, timeout: float = 10_000 * MS) -> tuple[int, str]:
         """Wait for the connection to end; its code and reason, 1006 when it ended without a close frame."""
         try:
             async with asyncio.timeout(timeout), self._changed:

@@ -71,7 +71,7 @@ class RawStream:
         params: Any = None,
         headers: Mapping[str, str] | None = None,
         ssl: SSLContext | None = None,
-        timeout: float = 5000 * MS,
+        timeout: float = 10_000 * MS,
     ) -> "RawStream":
         client = httpx.AsyncClient(timeout=httpx.Timeout(timeout, read=None), trust_env=False, verify=ssl or False)
         request = client.build_request("GET", url, params=params, headers=dict(headers or {}))
@@ -82,7 +82,7 @@ class RawStream:
             await stream._reader
         return stream
 
-    async def recv(self, matches: Callable[[Event], bool] = lambda _: True, timeout: float = 5000 * MS) -> Event:
+    async def recv(self, matches: Callable[[Event], bool] = lambda _: True, timeout: float = 10_000 * MS) -> Event:
         """Return the next event that `matches`, passing over others."""
         try:
             async with asyncio.timeout(timeout), self._changed:
@@ -97,7 +97,7 @@ class RawStream:
         except TimeoutError:
             raise AssertionError(f"nothing that fits within {timeout:g} s; {self._story()}") from None
 
-    async def frame(self, type: str | None = None, channel: str | None = None, timeout: float = 5000 * MS) -> Frame:  # noqa: A002
+    async def frame(self, type: str | None = None, channel: str | None = None, timeout: float = 10_000 * MS) -> Frame:  # noqa: A002
         """Return the next frame of `frames=1` of this type and channel; pings are passed over."""
 
         def matches(event: Event) -> bool:
@@ -107,7 +107,7 @@ class RawStream:
 
         return (await self.recv(matches, timeout)).frame
 
-    async def ended(self, timeout: float = 5000 * MS) -> None:
+    async def ended(self, timeout: float = 10_000 * MS) -> None:
         """Wait until the server has ended the stream."""
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: self.has_ended)

@@ -101,7 +101,7 @@ class Served:
         except (OSError, http.client.HTTPException):
             return False
 
-    def wait_for_log(self, text: str, timeout: float = 5000 * MS) -> None:
+    def wait_for_log(self, text: str, timeout: float = 10_000 * MS) -> None:
         eventually(lambda: text in self.log, timeout, f"{text!r} is not in the log:\n{self.tail()}")
 
     def send_signal(self, number: int) -> None:
@@ -127,7 +127,7 @@ class Served:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout:g} s:\n{self.tail()}") from None
 
-    def stop(self, deadline: float = 5000 * MS) -> int:
+    def stop(self, deadline: float = 10_000 * MS) -> int:
         """SIGTERM, and SIGKILL to the whole group after `deadline`. Its exit code tells which of them it took."""
         self.ask_to_stop()
         return self.end(deadline)
@@ -138,7 +138,7 @@ class Served:
             self.resume()
             self.send_signal(signal.SIGTERM)
 
-    def end(self, deadline: float = 5000 * MS) -> int:
+    def end(self, deadline: float = 10_000 * MS) -> int:
         """Wait for one that was asked to stop, as `stop` does."""
         try:
             self._process.wait(deadline)

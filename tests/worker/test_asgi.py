@@ -25,7 +25,7 @@ async def run(app: Any, sink: Collector | None = None, content: bytes = b"") -> 
         pass
 
     sink = sink or Collector()
-    async with asyncio.timeout(5000 * MS):
+    async with asyncio.timeout(10_000 * MS):
         await run_asgi(app, build_scope(request(), 1, {}), content, sink, pace)
     return sink.told
 

@@ -68,7 +68,7 @@ class Running:
 
         return asyncio.run(read())
 
-    def answers(self, count: int, timeout: float = 5000 * MS) -> list[dict[str, Any]]:
+    def answers(self, count: int, timeout: float = 10_000 * MS) -> list[dict[str, Any]]:
         """Wait for so many answers to be complete; every frame until then."""
 
         def are_complete() -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ class Gate:
         return [environ["PATH_INFO"].encode()]
 
     def wait(self) -> None:
-        assert self.entered.acquire(timeout=5000 * MS)
+        assert self.entered.acquire(timeout=10_000 * MS)
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_a_generator_streams_as_it_goes(run: Run) -> None:
 
     def view(_environ: dict[str, Any]) -> Iterator[bytes]:
         yield b"a"
-        go_on.wait(5000 * MS)
+        go_on.wait(10_000 * MS)
         yield b"b"
 
     running = run(App(view))
@@ -382,7 +382,7 @@ def test_a_request_that_was_taken_ahead_and_waited_too_long_is_not_run(run: Run,
     running.answers(40)  # so fast that the worker takes more than it has threads
     running.send(request(id="slow", path="/gate"), request(id="behind"))
     gate.wait()
-    running.thread.join(5000 * MS)  # its only thread hangs, and so it ends
+    running.thread.join(10_000 * MS)  # its only thread hangs, and so it ends
     frames = {frame["id"]: frame for frame in run(app, request_timeout=500 * MS).answers(42)}
     assert (frames["slow"]["status"], frames["behind"]["status"]) == (504, 504)
     assert ("behind", 1) not in app.runs
@@ -407,7 +407,7 @@ def test_a_cancelled_stream_is_closed_and_ended(run: Run) -> None:
     running.send(request(id="ticks", path="/ticks"))
     eventually(running.frames)
     running.cancel(request(id="ticks"))
-    assert closed.wait(5000 * MS)
+    assert closed.wait(10_000 * MS)
     assert running.answers(1)[-1]["error"] == "cancelled"
     running.send(request(id="next"))
     running.answers(2)
@@ -576,7 +576,7 @@ def test_a_worker_that_is_told_to_stop_finishes_what_runs_and_takes_no_more(run:
     running.send(request(id="waits"))
     assert running.thread.is_alive()
     gate.opened.set()
-    running.thread.join(5000 * MS)
+    running.thread.join(10_000 * MS)
     assert [frame["id"] for frame in running.frames()] == ["runs"]
     again = run(app)
     assert [frame["id"] for frame in again.answers(2)] == ["runs", "waits"]
@@ -639,7 +639,7 @@ def test_an_asgi_view_that_hangs_is_answered_504_and_cancelled(run: Run) -> None
     running.send(*numbered(2))
     frames = running.answers(2)
     assert [frame["status"] for frame in frames] == [504, 504]
-    assert ended.wait(5000 * MS)
+    assert ended.wait(10_000 * MS)
     assert not running.errors
 
 
@@ -658,7 +658,7 @@ def test_an_asgi_stream_that_is_cancelled_ends(run: Run) -> None:
     running.send(request())
     eventually(running.frames)
     running.cancel(request())
-    assert ended.wait(5000 * MS)
+    assert ended.wait(10_000 * MS)
     assert running.answers(1)[-1]["error"] == "cancelled"
 
 
