@@ -87,7 +87,7 @@ async def test_coming_online_again_ends_the_wait_at_once(
     await browser_page.context.set_offline(False)
 
     await hears(browser_page, "while offline")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
 
 
 async def test_a_link_that_freezes_is_noticed_by_its_silence(

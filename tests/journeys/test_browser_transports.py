@@ -166,12 +166,12 @@ async def test_a_proxy_that_cuts_what_is_idle_loses_nothing(prefix: str, browser
         Endpoint("memory://", app=flask_app(), prefix=prefix, **settings) as site,
         HttpProxy(site.port).run() as proxy,
     ):
-        proxy.idle_seconds = 1_000 * MS
+        proxy.idle_seconds = 600 * MS
         proxy.refuse(*BLOCKED[transport])
         await browser_page.add_init_script(HURRY)
         await listen(browser_page, proxy.port)
         for number in range(3):
-            await asyncio.sleep(1_200 * MS)
+            await asyncio.sleep(750 * MS)
             await site.publisher.publish("room:1", number)
         await hears(browser_page, 0, 1, 2)
         assert await heard(browser_page, "gap") == []

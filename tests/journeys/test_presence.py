@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 ROOM = "presence-room:1"
 SECRET = "the secret of these tests, long enough"
 TTL = 1500 * MS
-GRACE = 600 * MS
+"""Of a server that is killed; elsewhere none runs out, however slow the machine is."""
+GRACE = 1_200 * MS
 
 
 class Site:
@@ -36,7 +37,13 @@ class Site:
         self.processes = processes
         self.connect = connect
         self.url = redis.url
-        self.settings = {"secret": SECRET, "prefix": prefix, "presence_ttl": TTL, "presence_grace": GRACE, **settings}
+        self.settings = {
+            "secret": SECRET,
+            "prefix": prefix,
+            "presence_ttl": 20_000 * MS,
+            "presence_grace": GRACE,
+            **settings,
+        }
         self.publisher = Publisher(redis.url, **self.settings)
 
     async def server(self, redis_address: str | None = None) -> Served:
@@ -118,6 +125,7 @@ async def test_tabs_and_servers_make_one_user(site: Site) -> None:
 
 
 async def test_users_of_a_killed_server_go_when_its_lease_is_over(site: Site) -> None:
+    site.settings["presence_ttl"] = TTL
     here, there = await site.servers(2)
     ann, bob = await site.tab(here, "ann"), await site.tab(there, "bob")
     await ann.told(("join", "bob"))
@@ -126,14 +134,15 @@ async def test_users_of_a_killed_server_go_when_its_lease_is_over(site: Site) ->
     await both.told(("join", "carl"))
     there.kill()
     killed_at = time.monotonic()
-    await ann.told(("join", "bob"), ("join", "carl"), ("leave", "carl"), timeout=TTL + 3000 * MS)
-    assert time.monotonic() - killed_at < TTL + 3000 * MS
+    await ann.told(("join", "bob"), ("join", "carl"), ("leave", "carl"), timeout=TTL + 8_000 * MS)
+    assert time.monotonic() - killed_at < TTL + 8_000 * MS
     assert await site.users() == {"ann", "bob"}
     assert bob.members.keys() == {"ann", "bob"}
     assert carl.client.code == 1006
 
 
 async def test_users_of_the_only_server_go_when_it_is_killed(site: Site) -> None:
+    site.settings["presence_ttl"] = TTL
     (server,) = await site.servers(1)
     await site.tab(server, "ann")
     server.kill()
@@ -141,7 +150,7 @@ async def test_users_of_the_only_server_go_when_it_is_killed(site: Site) -> None
     async def is_empty() -> bool:
         return await site.users() == set()
 
-    await eventually_async(is_empty, TTL + 3000 * MS)
+    await eventually_async(is_empty, TTL + 8_000 * MS)
 
 
 async def test_a_quick_reconnect_on_another_server_is_neither_leave_nor_join(site: Site) -> None:
@@ -164,12 +173,13 @@ async def test_a_quick_reconnect_on_another_server_is_neither_leave_nor_join(sit
 
 
 async def test_users_stay_when_their_server_is_killed_and_they_come_back_in_time(site: Site) -> None:
+    site.settings["presence_ttl"] = 2 * TTL
     here, there = await site.servers(2)
     eve, ann, bob = [await site.tab(server, name) for server, name in ((there, "eve"), (here, "ann"), (here, "bob"))]
     await eve.told(("join", "ann"), ("join", "bob"))
     here.kill()
     resumed = await site.tab(there, "ann", resume=ann.connected["resume"])
-    await eve.told(("join", "ann"), ("join", "bob"), ("leave", "bob"), timeout=TTL + 3000 * MS)
+    await eve.told(("join", "ann"), ("join", "bob"), ("leave", "bob"), timeout=TTL + 8_000 * MS)
     assert resumed.changes() == [("leave", "bob")]
     assert bob.members.keys() == {"eve", "ann", "bob"}
 

@@ -378,7 +378,7 @@ async def test_who_unsubscribes_before_being_entered_never_begins() -> None:
 
 
 async def test_who_the_hub_refuses_is_gone_at_once() -> None:
-    async with world(broker_timeout=0.2, presence_ttl=3600) as (here, there, _):
+    async with world(broker_timeout=0.8, presence_ttl=3600) as (here, there, _):
         bob = Client(there, "c2", "bob")
         await bob.sees("bob")
         here.link.is_deaf = True
