@@ -251,7 +251,7 @@ async def test_the_first_screen_works(tmp_path: Path, processes: Processes, brow
         pass
     answer = await browser_page.request.post(f"{served.url}/rooms/42/messages", data={"text": "hi there"})
     assert answer.status == 204
-    await browser_page.get_by_text("hi there").wait_for(timeout=1_000 * 5_000 * MS)
+    await browser_page.get_by_text("hi there").wait_for(timeout=1_000 * 15_000 * MS)
 
 
 def test_the_first_screen_can_be_seen_without_a_page(tmp_path: Path, processes: Processes) -> None:

@@ -64,7 +64,7 @@ async def open_browser() -> AsyncIterator[Browser]:
 async def open_page(browser: Browser) -> AsyncIterator[tuple[Page, PageErrors]]:
     """A page with storage, cookies and cache of its own, as on a visitor's first visit. It believes any certificate."""
     context = await browser.new_context(ignore_https_errors=True)
-    context.set_default_timeout(5000)
+    context.set_default_timeout(15_000)
     page = await context.new_page()
     try:
         yield page, PageErrors(page)
