@@ -126,7 +126,7 @@ class TcpProxy:
     # From here on down everything runs in the proxy's own thread.
 
     def _run(self, function: Callable[[], Coroutine[None, None, T]]) -> T:
-        return asyncio.run_coroutine_threadsafe(function(), self._loop).result(5)
+        return asyncio.run_coroutine_threadsafe(function(), self._loop).result(15)
 
     def _call(self, function: Callable[[], T]) -> T:
         async def call() -> T:
