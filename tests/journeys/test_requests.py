@@ -429,7 +429,7 @@ async def test_a_worker_that_is_killed_in_the_middle_is_replaced_and_the_view_ru
 async def test_a_stream_whose_worker_is_killed_goes_on_where_it_broke_off_however_long_it_takes(
     site: Site, raw_client: Connect
 ) -> None:
-    lease, ttl, timeout = 1_000 * MS, 100 * MS, 1_500 * MS
+    lease, ttl, timeout = 700 * MS, 100 * MS, 2_500 * MS
     site.env |= {"PUBSUB_LEASE": str(lease), "PUBSUB_IDEMPOTENCY_TTL": str(ttl)}
     site.env |= {"PUBSUB_REQUEST_TIMEOUT": str(timeout), "PUBSUB_REQUEST_GRACE": "0"}
     worker, server = site.worker("--processes", "2"), site.server()
