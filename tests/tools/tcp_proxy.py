@@ -56,7 +56,7 @@ class TcpProxy:
         self._latency_seconds = 0.0
         self._cut_after: int | None = None
         self._links: set[_Link] = set()
-        self._listening: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
         self._loop = asyncio.new_event_loop()
         self._open_gate = asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy-{self.port}", daemon=True)
@@ -145,29 +145,31 @@ class TcpProxy:
         self._call(change)
 
     async def _start_listening(self) -> None:
-        if self._listening is not None:
+        if self._listener is not None:
             return
-        listener = socket.socket()
+        listener = self._listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
         listener.listen(1024)
         listener.setblocking(False)
-        self._listening = self._loop.create_task(self._accept_forever(listener))
+        # Not a task that waits for the next one: cancelled when one has just come, it would leave that one open.
+        self._loop.add_reader(listener, self._take_client, listener)
 
     async def _stop_listening(self) -> None:
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait([self._listening])
-            self._listening = None
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
 
-    async def _accept_forever(self, listener: socket.socket) -> None:
-        with listener:
-            while True:
-                client, _ = await self._loop.sock_accept(listener)
-                self.accepted += 1
-                link = _Link(client)
-                self._links.add(link)
-                link.task = self._loop.create_task(self._serve(link))
+    def _take_client(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return  # it is gone already
+        self.accepted += 1
+        link = _Link(client)
+        self._links.add(link)
+        link.task = self._loop.create_task(self._serve(link))
 
     async def _drop_all(self) -> None:
         tasks = [link.task for link in self._links if link.task]
@@ -175,6 +177,8 @@ class TcpProxy:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for link in [*self._links]:  # whose task was cancelled before it had begun
+            self._end(link, [link.client], is_orderly=False)
 
     async def _serve(self, link: _Link) -> None:
         """Carry one connection both ways. Ended by both sides in order it closes; ended otherwise it resets."""
@@ -197,11 +201,14 @@ class TcpProxy:
         except* OSError:
             pass  # either end reset, refused, or was cut
         finally:
-            self._links.discard(link)
-            for end in ends:
-                if not is_orderly:
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-                end.close()
+            self._end(link, ends, is_orderly=is_orderly)
+
+    def _end(self, link: _Link, ends: list[socket.socket], *, is_orderly: bool) -> None:
+        self._links.discard(link)
+        for end in ends:
+            if not is_orderly:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            end.close()
 
     async def _pump(self, link: _Link, source: socket.socket, sink: socket.socket) -> None:
         is_down = source is link.server
