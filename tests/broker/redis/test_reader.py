@@ -4,10 +4,14 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import uvloop
+from redis.asyncio import Connection
 
 from pubsub_mw.broker.engines import open_async_broker
+from pubsub_mw.broker.redis.reader import AsyncRedisBroker
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, HistoryPage
 from pubsub_mw.settings import Settings
@@ -107,6 +111,37 @@ async def test_a_read_ends_within_its_time_and_the_next_one_works(
     (page,) = await broker.read(wanted, page_bytes=1)
     assert isinstance(page, HistoryPage)
     await broker.close()
+
+
+async def close_as_if_by_redis(connection: Connection) -> bool:
+    """What stands for a look at a connection, which Redis closes right after it."""
+    assert connection._writer is not None
+    connection._writer.transport.abort()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return False
+
+
+def test_a_connection_that_closes_right_after_it_was_looked_at_is_like_a_lost_one(
+    redis_server: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On uvloop, whose transport then raises a RuntimeError."""
+
+    async def main() -> None:
+        broker = open_async_broker(build(redis_server.url, prefix))
+        assert isinstance(broker, AsyncRedisBroker)
+        wanted = [(Channel("room:1"), None)]
+        await asyncio.gather(*(broker.read(wanted, page_bytes=1) for _ in range(2)))
+        for connection in broker._idle:
+            monkeypatch.setattr(connection, "can_read", partial(close_as_if_by_redis, connection))
+        with pytest.raises(BrokerUnavailable):
+            await broker.read(wanted, page_bytes=1)
+        (page,) = await broker.read(wanted, page_bytes=1)
+        assert isinstance(page, HistoryPage)
+        await broker.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 async def test_an_event_loop_opens_no_more_connections_than_it_needs(

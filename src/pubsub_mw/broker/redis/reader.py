@@ -231,7 +231,10 @@ class AsyncRedisBroker:
 
     @staticmethod
     async def _exchange(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        await connection.send_packed_command(pack(commands), check_health=False)
+        try:
+            await connection.send_packed_command(pack(commands), check_health=False)
+        except RuntimeError as error:  # uvloop's word for a transport that has closed since it was looked at
+            raise redis.ConnectionError(str(error)) from error
         replies: list[Any] = []
         for _ in commands:
             try:

@@ -240,7 +240,10 @@ class RedisSubscriber(Generic[Key]):
                 end, verb = start, commands[start][0]
                 while end < len(commands) and end - start < _NAMES_PER_COMMAND and commands[end][0] == verb:
                     end += 1
-                link.transport.write(pack([(verb, *[name for _, name in commands[start:end]])]))
+                try:
+                    link.transport.write(pack([(verb, *[name for _, name in commands[start:end]])]))
+                except RuntimeError as error:  # uvloop's word for a transport that has just closed
+                    raise BrokerUnavailable(str(error)) from error
                 await link.is_writable.wait()
                 start = end
             del commands  # not kept until the next wish
