@@ -480,6 +480,34 @@ async def test_a_function_without_a_fresh_grant_is_not_asked_in_a_loop(prefix: s
             await wait_until(connection, "connected")
 
 
+@pytest.mark.parametrize("transport", ["websocket", "sse", "longpoll"])
+async def test_what_is_subscribed_while_the_grant_is_renewed_is_heard_with_the_fresh_one(
+    prefix: str, transport: str
+) -> None:
+    channels = [f"private-{number}" for number in range(5)]
+    async with Endpoint("memory://", prefix=prefix, secret=SECRET) as endpoint:
+        is_renewing = asyncio.Event()
+        asked: list[str] = []
+
+        async def fetch_slowly() -> str:
+            asked.append(await endpoint.grant(user="7", channels=["private-*"], expires=3600 if asked else 1))
+            if len(asked) > 1:
+                is_renewing.set()
+                await asyncio.sleep(300 * MS)
+            return asked[-1]
+
+        async with connect(endpoint.url, grant=fetch_slowly, transports=[transport]) as connection:
+            before = await connection.subscribe("private-before")
+            await asyncio.wait_for(is_renewing.wait(), 5000 * MS)
+            subscribing = [connection.subscribe(channel) for channel in channels]
+            subscriptions = await asyncio.wait_for(asyncio.gather(*subscribing), 5000 * MS)
+            for subscription in (before, *subscriptions):
+                await endpoint.publisher.publish(subscription.channel, subscription.channel)
+                assert await take(subscription, 1) == [subscription.channel]
+            # A poll with the expired one is refused, and so a reconnect.
+            assert len(asked) == (3 if transport == "longpoll" else 2)
+
+
 async def test_a_grant_function_that_fails_is_asked_again(endpoint: Endpoint) -> None:
     grant = await endpoint.grant(user="7")
     answers: list[Exception | str] = [RuntimeError("the database is away"), grant]
@@ -732,6 +760,36 @@ async def test_a_broker_that_is_away_is_asked_again_also_after_a_reconnect(scrip
         await script.say("error", channel="room:1", code="unavailable", message="the broker does not answer")
         assert (await script.hear())["type"] == "subscribe"
         await script.say_subscribed("room:1")
+        await subscribing
+
+
+async def test_a_channel_whose_grant_expired_is_asked_for_until_a_fresh_one_counts_also_after_a_reconnect(
+    script: ScriptedServer,
+) -> None:
+    expired = {"code": "grant_expired", "message": "send a fresh one"}
+    asked: list[None] = []
+
+    def fetch() -> str:
+        asked.append(None)
+        return f"grant {len(asked)}"
+
+    async with scripted(script, grant=fetch) as connection:
+        subscribing = asyncio.create_task(connection.subscribe("private-1"))
+        assert (await script.hear())["type"] == "subscribe"
+        await script.say("error", channel="private-1", **expired)
+        await script.say("error", id="publish", channel="private-1", **expired)
+        await script.say("error", **expired)
+        # At once with the fresh one; and if it was refused before that arrived, a moment later.
+        heard = [await script.hear() for _ in range(2)]
+        assert heard[0] == {"type": "grant", "grant": "grant 2"}
+        assert (heard[1]["type"], heard[1]["channel"]) == ("subscribe", "private-1")
+        await script.say("error", channel="private-1", **expired)
+        assert (await script.hear())["type"] == "subscribe"
+        await script.say("error", channel="private-1", **expired)
+        frame = await reconnecting(script)
+        assert (frame["grant"], frame["channels"]) == ("grant 3", {"private-1": None})
+        await script.say("connected", connection="c1", resume="token", user=None, ping=25)
+        await script.say_subscribed("private-1")
         await subscribing
 
 

@@ -12,7 +12,7 @@ from pubsub_mw.broker.memory import memory_broker
 from tests.client_world import Endpoint
 from tests.journeys.page_world import becomes, flask_app, heard, hears, listen
 from tests.tools.browser import PageErrors, open_page
-from tests.tools.clock import eventually_async
+from tests.tools.clock import MS, eventually_async
 from tests.tools.tcp_proxy import TcpProxy
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -137,6 +137,35 @@ async def test_a_grant_comes_from_a_function_and_is_renewed_in_time(site: Endpoi
     await hears(browser_page, "still allowed", about="private-1")
     await hears(browser_page, "still you", about="private")
     assert await heard(browser_page, "state") == ["connected"]
+
+
+@pytest.mark.parametrize("transport", ["websocket", "sse", "longpoll"])
+async def test_what_the_page_opens_while_its_grant_is_renewed_is_heard(
+    site: Endpoint, browser_page: Page, transport: str
+) -> None:
+    calls = 0
+
+    async def fetch_slowly() -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            await browser_page.evaluate(
+                "void (window.followed = Promise.all(['a', 'b', 'c'].map((name) => follow(`private-${name}`))))"
+            )
+        if calls > 1:
+            await asyncio.sleep(300 * MS)
+        return await site.grant(user="7", channels=["private-*"], expires=3600 if calls > 1 else 1)
+
+    await browser_page.expose_function("fetchGrant", fetch_slowly)
+    await listen(browser_page, site.port, "private-1", f"{{ transports: ['{transport}'], grant: () => fetchGrant() }}")
+    await browser_page.wait_for_function("window.followed")
+    await browser_page.evaluate("followed")
+    for channel in ("private-a", "private-b", "private-c", "private-1"):
+        await site.publisher.publish(channel, channel)
+        await hears(browser_page, channel, about=channel)
+    assert await heard(browser_page, "error") == []
+    # A poll with the expired grant is refused, and so a reconnect.
+    assert calls == (3 if transport == "longpoll" else 2)
 
 
 async def test_what_is_not_allowed_is_an_error_of_the_page(site: Endpoint, browser_page: Page) -> None:

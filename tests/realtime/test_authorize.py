@@ -183,6 +183,18 @@ async def test_channels_for_all_and_channels_of_a_grant_are_not_asked_about(worl
     assert world.app.asked == [("private-other", "7")]
 
 
+async def test_the_app_is_asked_about_what_an_expired_grant_allowed_and_its_no_is_not_final(world: World) -> None:
+    grant = world.publisher.grant("7", channels=["private-mine", "private-mine-never"], expires=500 * MS)
+    client, _ = await world.client("7", grant=grant)
+    assert (await client.recv("error"))["code"] == "grant_expired"
+    assert (await subscribe(client, "private-mine"))["type"] == "subscribed"
+    assert (await subscribe(client, "private-mine-never"))["code"] == "grant_expired"
+    assert (await subscribe(client, "private-other-never"))["code"] == "forbidden"
+    assert [channel for channel, _ in world.app.asked] == ["private-mine", "private-mine-never", "private-other-never"]
+    await client.send({"type": "grant", "grant": world.publisher.grant("7", channels=["private-mine-never"])})
+    assert (await subscribe(client, "private-mine-never"))["type"] == "subscribed"
+
+
 async def test_the_user_whom_the_app_names_gets_what_is_sent_to_that_user(world: World) -> None:
     client, hello = await world.client("7")
     assert hello["user"] is None

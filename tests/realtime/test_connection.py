@@ -501,11 +501,66 @@ async def test_a_fresh_grant_in_time_keeps_the_connection(serve: Callable[..., S
     assert client.closed is None
 
 
-async def test_an_expired_grant_opens_no_private_channel_while_it_waits_for_a_fresh_one(server: Server) -> None:
-    client = await server.connected(grant=grant("7", expires=300 * MS, channels=("private-a",), publish=("*",)))
+async def test_what_an_expired_grant_allowed_is_refused_as_expired_until_a_fresh_one_came(server: Server) -> None:
+    client = await server.connected(grant=grant("7", expires=300 * MS, channels=("private-a",), publish=("room",)))
     await client.recv("error")
-    assert await client.refused({"type": "subscribe", "channel": "private-a"}) == "forbidden"
+    refused = await client.subscribe("private-a")
+    assert (refused["type"], refused["code"], refused["channel"]) == ("error", "grant_expired", "private-a")
+    await client.send({"type": "publish", "id": "p1", "channel": "room", "data": 1})
+    refused = await client.recv("error")
+    assert (refused["code"], refused["channel"], refused["id"]) == ("grant_expired", "room", "p1")
+    assert await client.refused({"type": "subscribe", "channel": "private-b"}) == "forbidden"
+    assert await client.refused({"type": "publish", "channel": "hall", "data": 1}) == "forbidden"
+    assert (await client.subscribe("open"))["type"] == "subscribed"
+    await client.send({"type": "grant", "grant": grant("7", channels=("private-a",))})
+    assert (await client.subscribe("private-a"))["type"] == "subscribed"
     assert await client.refused({"type": "publish", "channel": "room", "data": 1}) == "forbidden"
+
+
+async def test_what_was_revoked_of_an_expired_grant_is_forbidden(server: Server) -> None:
+    client = await server.connected(grant=grant("7", expires=300 * MS, channels=("private-a",)))
+    await client.recv("error")
+    client.connection.revoke("user:7", "private-a", time.time())
+    assert await client.refused({"type": "subscribe", "channel": "private-a"}) == "forbidden"
+
+
+async def test_a_grant_beside_an_expired_one_neither_ends_what_there_is_nor_makes_it_last(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(grant_grace=150 * MS)
+    client = await server.connected(
+        grant=grant("7", expires=300 * MS, channels=("private-a",)), channels={"private-a": None}
+    )
+    await client.recv("subscribed")
+    await client.recv("error")
+    token = grant("7", channels=("private-b",))
+    while not client.has_ended:
+        await client.send({"type": "subscribe", "channel": "private-b", "grant": token})
+        await asyncio.sleep(20 * MS)
+    client.take()
+    assert {(frame["type"], frame["channel"], frame["code"]) for frame in client.unread} == {
+        ("error", "private-b", "grant_expired")
+    }
+    assert client.closed is not None
+    assert client.closed[0] is CloseCode.GRANT_EXPIRED
+
+
+async def test_a_grant_that_expires_while_its_connection_begins_ends_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = server.shared.control.look_up
+
+    async def look_up_slowly(connection: Any) -> None:
+        await asyncio.sleep(100 * MS)
+        await look_up(connection)
+
+    monkeypatch.setattr(server.shared.control, "look_up", look_up_slowly)
+    client = server.client()
+    token = grant("7", expires=50 * MS, channels=("private-a",))
+    await client.send({"type": "connect", "grant": token, "channels": {"private-a": None}})
+    assert client.closed is not None
+    assert client.closed[0] is CloseCode.GRANT_EXPIRED
+    assert not client.take()
 
 
 # Publish.

@@ -249,6 +249,30 @@ class TestConnections:
         refused = await poller.get("private-b")
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "revoked")
 
+    async def test_a_grant_that_expires_while_the_poll_begins_is_refused_as_one_that_had_expired(
+        self,
+        serve_realtime: Serve,
+        http: httpx.AsyncClient,
+        publisher: AsyncPublisher,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        site = await serve_realtime()
+        connected = await resume_of(site, grant=await publisher.grant(user="7", channels=["*"], expires=1000 * MS))
+        poller = Poller(http, site.url, resume=connected["resume"])
+        (told,) = [frame for frame in await poller.poll("presence-a", wait=20) if "members" in frame]
+        assert [member["user"] for member in told["members"]] == ["7"]
+        control = site.app._running.shared.control
+        look_up = control.look_up
+
+        async def look_up_slowly(connection: Any) -> None:
+            await asyncio.sleep(1000 * MS)
+            await look_up(connection)
+
+        monkeypatch.setattr(control, "look_up", look_up_slowly)
+        refused = await poller.get("presence-a", "private-b")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "grant_expired")
+        assert await publisher.presence("presence-a")
+
     @pytest.mark.parametrize("shown", ["x.y.z", ""])
     async def test_a_token_that_is_not_ours_is_refused(
         self, serve_realtime: Serve, http: httpx.AsyncClient, shown: str

@@ -12,7 +12,7 @@ export function add(a) {
   // why
   const sum = /** @type {number} */ (a) + +a; // inside a line
   const url = "http://example.org/ /* not a comment */"; // why here
-  if (sum) return url + `//${ a } , ${a}` + a; // https://example.org
+  if (sum !== !url) return url + `//${ a } , ${a}` + a; // https://example.org
 
   return { url, sum: "a \\" , b" };
 }
@@ -24,7 +24,7 @@ def test_comments_and_spaces_are_left_out_and_nothing_else() -> None:
         "export function add(a){\n"
         "const sum=(a)+ +a;\n"
         'const url="http://example.org/ /* not a comment */";\n'
-        "if(sum)return url + `//${ a } , ${a}` + a;\n"
+        "if(sum!==!url)return url + `//${ a } , ${a}` + a;\n"
         'return{url,sum:"a \\" , b"};\n'
         "}\n"
     )

@@ -312,6 +312,24 @@ async def test_a_publication_goes_where_the_grant_allows(
     assert (message["data"], message["event"]) == ([1], "said")
 
 
+async def test_a_publication_that_an_expired_grant_allowed_is_refused_as_expired(
+    serve_realtime: Serve, http: httpx.AsyncClient, publisher: AsyncPublisher
+) -> None:
+    sender = Sender(http, await serve_realtime())
+    expired_at = time.time() + 500 * MS
+    await sender.hello(grant=await publisher.grant(user="7", publish=["chat:*"], expires=500 * MS))
+    await eventually_async(lambda: time.time() > expired_at)
+    say = {"type": "publish", "id": "p1", "channel": "chat:1", "data": 1}
+    answers = await sender.send(say, {**say, "channel": "hall"})
+    assert [(answer["code"], answer["id"], answer["channel"]) for answer in answers] == [
+        ("grant_expired", "p1", "chat:1"),
+        ("forbidden", "p1", "hall"),
+    ]
+    (accepted,) = await sender.send({"type": "grant", "grant": await publisher.grant(user="7", publish=["chat:*"])})
+    sender.resume = accepted["resume"]
+    assert (await sender.send(say))[0]["type"] == "accepted"
+
+
 class TestWhatIsNotTaken:
     @pytest.mark.parametrize(
         ("headers", "status"),

@@ -402,6 +402,30 @@ class TestFrames:
         for _ in range(5):
             await stream.frame("ping")
 
+    @pytest.mark.parametrize("form", ["framed", "plain"])
+    async def test_a_grant_that_expires_while_the_stream_begins_refuses_the_stream(
+        self,
+        serve_realtime: Serve,
+        raw_stream: Stream,
+        publisher: AsyncPublisher,
+        monkeypatch: pytest.MonkeyPatch,
+        form: str,
+    ) -> None:
+        site = await serve_realtime()
+        first = await raw_stream_of_websocket(site, await publisher.grant(channels=["private-*"], expires=500 * MS))
+        control = site.app._running.shared.control
+        look_up = control.look_up
+
+        async def look_up_slowly(connection: Any) -> None:
+            await asyncio.sleep(500 * MS)
+            await look_up(connection)
+
+        monkeypatch.setattr(control, "look_up", look_up_slowly)
+        params = [*channels("private-a"), *([FRAMES] if form == "framed" else [])]
+        headers = {"Authorization": f"Bearer {first['resume']}"}
+        stream = await raw_stream(site.url + "/events", params=params, headers=headers)
+        assert stream.status == 401
+
     @pytest.mark.parametrize("shown", ["Bearer no.such.token", "Basic eA==", "Bearer"])
     async def test_a_token_that_is_not_ours_is_refused(
         self, serve_realtime: Serve, raw_stream: Stream, shown: str

@@ -18,6 +18,7 @@ import {
   settled,
   spy,
   subscribed,
+  until,
 } from "./scripted_websocket.mjs";
 
 const FIRST_DELAY_SECONDS = 0.5 * JITTER;
@@ -1011,6 +1012,59 @@ describe("grants", () => {
     net.socket.push({ type: "ping" }, EXPIRED);
     await settled();
     assert.deepEqual(net.socket.sent.at(-1), { type: "grant", grant: "grant-3" });
+    assert.deepEqual(onError.calls, []);
+  });
+
+  test("that expire are waited for by what is subscribed meanwhile, and asked for once", async (t) => {
+    const answers = [];
+    const grant = () => new Promise((resolve) => answers.push(resolve));
+    const { net, realtime } = await opened(t, { grant });
+    answers[0]("grant-1");
+    await settled();
+    net.socket.accept();
+    net.socket.push(CONNECTED, EXPIRED);
+    await settled();
+    const onError = spy();
+    realtime.on("error", onError);
+    for (const name of ["a", "b"]) {
+      realtime.subscribe(name, spy(), { onError, position: "e.1.t" });
+      net.socket.push({ ...EXPIRED, channel: name });
+    }
+    const fetched = realtime.fetch("http://server/");
+    fetched.catch(() => {});
+    await until(() => net.socket.sent.at(-1).type === "request");
+    const { length } = net.socket.sent;
+    answers[1]("grant-2");
+    await settled();
+    const asked = ["a", "b"].map((channel) => ({ type: "subscribe", channel, position: "e.1.t" }));
+    assert.deepEqual(net.socket.sent.slice(length), [{ type: "grant", grant: "grant-2" }, ...asked]);
+    net.socket.push(subscribed("a", "e.1.t", true), subscribed("b", "e.1.t", true));
+    await net.pass(20);
+    assert.deepEqual([net.socket.sent.length, answers.length, onError.calls], [length + 3, 2, []]);
+  });
+
+  test("that came after a refusal was under way are asked with again, with back-off, or by the next socket", async (t) => {
+    const onError = spy();
+    const { net, realtime } = await connected(t, (realtime) => realtime.subscribe("a", spy(), { onError }), {
+      grant: numbered(),
+    });
+    realtime.on("error", onError);
+    net.socket.push(EXPIRED);
+    await settled();
+    const { length } = net.socket.sent;
+    for (const attempt of [0, 1]) {
+      net.socket.push({ ...EXPIRED, channel: "a" });
+      await net.pass(backoff(attempt, JITTER) - 0.001);
+      assert.equal(net.socket.sent.length, length + attempt);
+      await net.pass(0.001);
+      assert.deepEqual(net.socket.sent.at(-1), { type: "subscribe", channel: "a" });
+    }
+    net.socket.push({ ...EXPIRED, channel: "a" });
+    await lostAndFound(net);
+    assert.deepEqual([net.socket.sent[0].grant, net.socket.sent[0].channels], ["grant-3", { a: null }]);
+    net.socket.push(EXPIRED);
+    await settled();
+    assert.deepEqual(net.socket.sent.at(-1), { type: "grant", grant: "grant-4" });
     assert.deepEqual(onError.calls, []);
   });
 

@@ -84,6 +84,48 @@ describe("a stream", () => {
     assert.equal(asked.length, 3);
   });
 
+  test("is opened anew for what changed while the grant was renewed, with the fresh one", async (t) => {
+    const answers = [];
+    let calls = 0;
+    const grant = () => (calls++ ? new Promise((resolve) => answers.push(resolve)) : "first");
+    const listen = (realtime) => ["a", "b"].forEach((name) => realtime.subscribe(name, spy()));
+    const { clock, asked, realtime, reading } = await greeted(t, "sse", listen, { grant });
+    const expired = { type: "error", code: "grant_expired", message: "" };
+    reading.stream()(events(CONNECTED, subscribed("a", "e.0.t"), subscribed("b", "e.0.t"), expired));
+    await until(() => answers.length);
+    realtime.subscribe("c", spy());
+    realtime.unsubscribe("b");
+    await clock.pass(1);
+    assert.deepEqual([asked.length, reading.isAborted()], [2, false]);
+    answers[0]("fresh");
+    await until(() => asked.length > 2);
+    assert.deepEqual(asked[2].frames, [{ type: "grant", grant: "fresh" }]);
+    await clock.pass(1);
+    assert.deepEqual([asked.length, reading.isAborted()], [3, false]);
+    asked[2].answer({ frames: [{ type: "accepted", resume: "token-2" }] });
+    await settled();
+    await settled();
+    await clock.pass(RESTART_SECONDS);
+    await until(() => asked.length > 3);
+    assert.deepEqual([asked[3].path, asked[3].token], ["/realtime/events", "Bearer token-2"]);
+    assert.deepEqual(asked[3].query.getAll("channel"), ["a", "c"]);
+    assert.equal(calls, 2);
+  });
+
+  test("that refuses a channel for an expired grant is opened anew with it", async (t) => {
+    const onError = spy();
+    const { clock, asked, realtime, reading } = await greeted(t, "sse", (realtime) => {
+      realtime.subscribe("a", spy(), { onError });
+    });
+    reading.stream()(events(CONNECTED, { type: "error", code: "grant_expired", message: "", channel: "a" }));
+    await until(() => realtime.state === "connected");
+    await settled();
+    await clock.pass(0.5 * JITTER);
+    await clock.pass(RESTART_SECONDS);
+    await until(() => asked.length > 2);
+    assert.deepEqual([asked[2].query.getAll("channel"), onError.calls], [["a"], []]);
+  });
+
   test("that ends without a word is a reconnect", async (t) => {
     const { clock, asked, realtime, reading } = await greeted(t, "sse");
     reading.answer({}, 503);

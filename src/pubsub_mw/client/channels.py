@@ -14,7 +14,10 @@ from typing import Any
 from pubsub_mw.client.subscription import Gap, Message, Subscription
 from pubsub_mw.errors import ConnectionClosed, ErrorCode, SubscriptionRefused
 
-__all__ = ["Channels"]
+__all__ = ["PASSING", "Channels"]
+
+PASSING = (ErrorCode.UNAVAILABLE, ErrorCode.GRANT_EXPIRED)
+"""With these the server refuses a channel only for now."""
 
 Frame = dict[str, Any]
 
@@ -114,12 +117,12 @@ class Channels:
             await subscription.change(kind, frame["member"])
 
     async def refuse(self, channel: str, code: str, message: str) -> None:
-        """End the subscription that the server refused or ended; UNAVAILABLE leaves it to be asked for again."""
+        """End the subscription that the server refused or ended; one of `PASSING` leaves it to be asked for again."""
         asked = self._asked.get(channel)
         if asked is None or asked.subscription is None:
             return  # what was asked for since is answered by itself
         del self._asked[channel]
-        if code == ErrorCode.UNAVAILABLE:
+        if code in PASSING:
             return
         if self._wanted.get(channel) is asked.subscription:
             del self._wanted[channel]

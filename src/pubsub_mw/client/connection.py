@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pubsub_mw.client.arrivals import Arrivals, call
-from pubsub_mw.client.channels import Channels
+from pubsub_mw.client.channels import PASSING, Channels
 from pubsub_mw.client.http import HttpLink
 from pubsub_mw.client.ladder import TRANSPORTS, Ladder, backoff
 from pubsub_mw.client.requests import Params, Requests, Response, build_request, is_newer
@@ -283,8 +283,7 @@ class Connection:
             await self._link.send(frame)
 
     def _settle_later(self) -> None:
-        """Ask again, after a while, for what was unavailable; requests wait meanwhile, to keep their order."""
-        self._requests.pause()
+        """Ask again, after a while, for what was refused for now."""
         if self._settling is None or self._settling.done():
             self._settling = self._help(self._settle_after(backoff(self._settle_attempt, random.random())))
             self._settle_attempt += 1
@@ -439,11 +438,12 @@ class Connection:
                 self._settle_later()
         elif self._channels.is_asked(frame.get("channel")) and "id" not in frame:
             await self._channels.refuse(frame["channel"], code, message)
-            if code == ErrorCode.UNAVAILABLE:
+            if code in PASSING:
                 self._settle_later()
-        elif code == ErrorCode.GRANT_EXPIRED and callable(self._grant) and not self._is_renewing:
+        elif code == ErrorCode.GRANT_EXPIRED and "id" not in frame and callable(self._grant) and not self._is_renewing:
             self._is_renewing = True
             await self._send({"type": "grant", "grant": await self._fetch_grant()})
+            await self._channels.settle()
         else:
             log.warning("the server refused a command: %s (%s)", message, code)
 

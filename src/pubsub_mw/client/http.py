@@ -13,7 +13,7 @@ import json
 import logging
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -87,7 +87,7 @@ class HttpLink:
         elif frame["type"] != "pong":
             self._unsent.append({name: value for name, value in frame.items() if name != "channels"})
             if self._writing is None or self._writing.done():
-                self._writing = asyncio.create_task(self._guard(self._write()))
+                self._writing = asyncio.create_task(self._guard(self._write))
 
     async def receive(self) -> Frame:
         """Return the next frame.
@@ -99,7 +99,9 @@ class HttpLink:
             if self._told:
                 self._changed.set()
                 return self._told.popleft()
-            if self._is_stale and self._token is not None and self._reading is not None:
+            # A fresh grant that is on its way comes first: without it nothing can be read anew.
+            is_renewing = any(frame["type"] == "grant" for frame in self._unsent)
+            if self._is_stale and not is_renewing and self._token is not None and self._reading is not None:
                 await asyncio.sleep(_SETTLE_SECONDS)
                 await self._read_anew()
             if self._arrived:
@@ -126,9 +128,9 @@ class HttpLink:
         self._changed.clear()
         await self._changed.wait()
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
         try:
-            await work
+            await work(*args)
         except LinkLost as lost:
             self._problem = lost
         except (OSError, ValueError, h11.ProtocolError, _Status) as error:
@@ -194,7 +196,7 @@ class HttpLink:
         channels = [("channel", name) for name in positions]
         places = [("position", position or "") for position in positions.values()]
         read = self._stream if self._kind == "sse" else self._poll
-        self._reading = asyncio.create_task(self._guard(read(channels, places)))
+        self._reading = asyncio.create_task(self._guard(read, channels, places))
 
     async def _stream(self, channels: list[tuple[str, str]], places: list[tuple[str, str]]) -> None:
         query = urlencode([("frames", "1"), *channels, *places])

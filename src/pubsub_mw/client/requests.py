@@ -201,6 +201,7 @@ class Requests:
         pending = self._pending.get(frame["id"])
         if pending is not None and frame["code"] == ErrorCode.UNAVAILABLE:
             pending.sent_on = 0
+            self.pause()  # all wait, to keep their order
             return ErrorCode.UNAVAILABLE
         self._finish(frame["id"], RequestFailed(frame["code"], frame["message"]))
         return None

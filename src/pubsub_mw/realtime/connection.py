@@ -76,6 +76,7 @@ Recall = Callable[[str], str | None]
 """Tells the position, as text, at which a channel was left, or None."""
 
 _FORBIDDEN = "no grant of yours allows it"
+_EXPIRED = "your grant, which allows it, expired; send a fresh one and ask again"
 _SILENT = "the broker does not answer; come back in a moment"
 
 
@@ -133,8 +134,10 @@ class Shared:
             channel = check_subscribable(command.channel)
         except ChannelError as error:
             raise refused(ErrorCode.BAD_CHANNEL, str(error)) from error
-        if grant is None or grant.expires_at <= time.time() or not compile_patterns(grant.publish)(channel):
+        if grant is None or not compile_patterns(grant.publish)(channel):
             raise refused(ErrorCode.FORBIDDEN, _FORBIDDEN)
+        if grant.expires_at <= time.time():
+            raise refused(ErrorCode.GRANT_EXPIRED, _EXPIRED)
         try:
             await self.publisher.publish(channel, command.data, event=command.event)
         except PublicationTooLarge as error:
@@ -389,12 +392,14 @@ class Connection:
                     raise refused
 
     async def _is_admitted(self) -> bool:
-        """Look up what was revoked; False if that ends the connection, or cannot be known."""
+        """Look up what was revoked; False if that ends the connection, or cannot be known, or took too long."""
         self._shared.control.enter(self)
         try:
             await self._shared.control.look_up(self)
         except BrokerUnavailable:
             self.send_queue.close(CloseCode.BROKER_UNAVAILABLE, "the broker does not answer; come back in a moment")
+        if self._grant is not None and self._grant.expires_at <= time.time():
+            self.send_queue.close(CloseCode.GRANT_EXPIRED, "the grant expired just now; show a new one in connect")
         return self.send_queue.closed is None
 
     @property
@@ -599,12 +604,13 @@ class Connection:
         self._grant = grant
         if was_nobody and grant.user is not None:
             self._listen_to_user(grant.user)
-        self._expiry_told_at = None
+        if grant.expires_at > time.time():
+            self._expiry_told_at = None
         for channel in [name for name, allowed in self._allowed.items() if allowed.is_by_grant]:
             subscription = self._subscriptions.get(channel)
             if self._may_listen(channel):
                 self._allowed[channel] = _Allowed(True, grant.issued_at)
-            elif subscription is not None and subscription.is_open:
+            elif subscription is not None and subscription.is_open and not self._is_granted(channel):
                 self._end_subscription(subscription, ErrorCode.FORBIDDEN, "the fresh grant does not allow it")
         self._schedule()
 
@@ -650,12 +656,15 @@ class Connection:
             issued_at = self._grant.issued_at if self._grant is not None else 0.0
             self._allowed[channel] = _Allowed(is_by_grant, issued_at if is_by_grant else time.time())
             self._listen(channel, position)
-        elif self._shared.settings.authorize:
-            task = asyncio.create_task(self._ask(channel, position))
-            self._asking = {**self._asking, channel: task}
-            task.add_done_callback(lambda _: self._forget_asking(channel, task))
-        else:
-            raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+            return
+        refusal = FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+        if self._is_granted(channel):
+            refusal = FrameError(ErrorCode.GRANT_EXPIRED, _EXPIRED, channel=channel)
+        if not self._shared.settings.authorize:
+            raise refusal
+        task = asyncio.create_task(self._ask(channel, position, refusal))
+        self._asking = {**self._asking, channel: task}
+        task.add_done_callback(lambda _: self._forget_asking(channel, task))
 
     def _listen(self, channel: Channel, position: Position | None) -> None:
         """Subscribe to a channel that this connection may listen to."""
@@ -669,14 +678,14 @@ class Connection:
             raise FrameError(ErrorCode.FORBIDDEN, "a presence channel needs a user", channel=channel)
         self._subscriptions[channel] = subscription
 
-    async def _ask(self, channel: Channel, position: Position | None) -> FrameError | None:
-        """Let the application decide, then subscribe, or refuse and return why."""
+    async def _ask(self, channel: Channel, position: Position | None, refusal: FrameError) -> FrameError | None:
+        """Let the application decide, then subscribe, or refuse and return why: `refusal`, if it says no."""
         assert self.id is not None
         asked_at = time.time()
         try:
             decision = await self._shared.authorizer.ask(channel, self.id, self.user, self.transport, self.handshake)
             if not decision.is_allowed or (decision.user is not None and self.user not in (None, decision.user)):
-                raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+                raise refusal
             if decision.user is not None and self._app_user is None:
                 await self._take_app_user(decision.user, decision.info, asked_at)
             if asked_at <= self._revoked.get(channel, -math.inf):
@@ -735,6 +744,13 @@ class Connection:
         if grant is not None and grant.issued_at <= self._revoked.get(channel, -math.inf):
             grant = None
         return self._shared.allows(grant, channel)
+
+    def _is_granted(self, channel: Channel) -> bool:
+        """Whether the grant allows a channel, or did until it expired."""
+        grant = self._grant
+        if grant is None or grant.issued_at <= self._revoked.get(channel, -math.inf):
+            return False
+        return compile_patterns(grant.channels)(channel)
 
     def _forget_refused(self) -> None:
         for channel in [name for name, subscription in self._subscriptions.items() if not subscription.is_open]:

@@ -26,7 +26,7 @@ from pubsub_mw.model import Position
 
 __all__ = ["Cursor"]
 
-_PASSING = ("unavailable", "busy")
+_PASSING = ("unavailable", "busy", "grant_expired")
 """Of these errors a poller is told each time: it may ask again."""
 _MARK = r"([A-Za-z0-9_-]{8})\.(-|[A-Za-z0-9_-]+\.[0-9]+\.[A-Za-z0-9_-]+)(?:\.([0-9a-f]{1,16}))?:"
 _MARKS = re.compile(f"(?:{_MARK})+")

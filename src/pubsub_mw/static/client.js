@@ -229,7 +229,8 @@ function decodeBody({ body, encoding }) {
  * @param {string | null} [than]
  */
 function isNewer(position, than) {
-  const [[epoch, offset], [lastEpoch, lastOffset]] = [position, than ?? ""].map((text) => text.split("."));
+  const [epoch, offset] = position.split(".");
+  const [lastEpoch, lastOffset] = (than ?? "").split(".");
   return epoch !== lastEpoch || +offset > +lastOffset;
 }
 
@@ -304,9 +305,7 @@ export function connect(url, options = {}) {
   /** @type {Map<string, string | null>} positions of what the server itself subscribes */
   const own = new Map();
   /** @type {Set<Listener>} */
-  const ownListeners = new Set([
-    { callback: (...message) => tell("private", ...message) },
-  ]);
+  const ownListeners = new Set([{ callback: (...message) => tell("private", ...message) }]);
   /**
    * `sentIn`: a generation; 0: never; -1: to be sent again.
    *
@@ -331,7 +330,8 @@ export function connect(url, options = {}) {
   let climbTimer = 0;
   let generation = 0; // of the transport
   let attempt = 0;
-  let isRenewing = false; // `grant_expired` again: the function has no fresh grant
+  // Since `grant_expired`; told so again, the function has no fresh grant. No stream can be opened anew meanwhile.
+  let isRenewing = false;
   let timer = 0; // until the next attempt, or until a silent link is dead
   let deadAt = 0;
   let pingSeconds = 0;
@@ -475,7 +475,10 @@ export function connect(url, options = {}) {
     },
 
     accepted(frame) {
-      resume = frame.resume ?? resume;
+      if (!frame.resume) return;
+      resume = frame.resume;
+      isRenewing = false;
+      settleAll();
     },
 
     connected({ connection, user, resume: token }) {
@@ -488,6 +491,7 @@ export function connect(url, options = {}) {
       remember(address, ladder[level]);
       if (level && realtime.state !== "connected") climbLater();
       become("connected");
+      isRenewing = false;
       settleAll();
       if (before && before !== connection) forget(before);
     },
@@ -551,7 +555,10 @@ export function connect(url, options = {}) {
       else if (frame.channel) refuse(frame);
       else if (frame.code === "grant_expired" && getGrant && !isRenewing) {
         isRenewing = true;
-        withGrant((grant) => transport?.send({ type: "grant", grant }));
+        withGrant((grant) => {
+          transport?.send({ type: "grant", grant });
+          if (!transport?.restart) settleAll();
+        });
       } else fail(frame);
     },
   };
@@ -625,7 +632,7 @@ export function connect(url, options = {}) {
     const held = asked.get(name);
     if (realtime.state !== "connected") return;
     if (transport?.restart) {
-      if (held?.channel !== channel) transport.restart();
+      if (!isRenewing && held?.channel !== channel) transport.restart();
     } else if (channel && !held) {
       asked.set(name, { channel });
       transport?.send({ type: "subscribe", channel: name, position: channel.position ?? undefined });
@@ -636,8 +643,9 @@ export function connect(url, options = {}) {
   }
 
   function settleAll() {
+    clearTimeout(settleTimer);
     settleTimer = 0;
-    for (const name of channels.keys()) settle(name);
+    for (const [name] of [...asked, ...channels]) settle(name);
     sendRequests();
   }
 
@@ -646,9 +654,9 @@ export function connect(url, options = {}) {
   }
 
   function sendRequests() {
-    if (realtime.state !== "connected" || settleTimer) return;
+    if (realtime.state !== "connected") return;
     for (const pending of requests.values()) {
-      if (!pending.frame) return; // to keep the order
+      if (!pending.frame || (settleTimer && pending.sentIn < 0)) return; // to keep the order
       if (pending.controller || pending.sentIn === generation) continue;
       pending.sentIn = generation;
       transport?.send(pending.frame);
@@ -697,7 +705,7 @@ export function connect(url, options = {}) {
     const channel = asked.get(name)?.channel;
     if (!channel) return;
     asked.delete(name);
-    if (frame.code === "unavailable") settleLater();
+    if (frame.code === "unavailable" || frame.code === "grant_expired") settleLater();
     else if (channel === channels.get(name)) {
       channels.delete(name);
       transport?.restart?.();
