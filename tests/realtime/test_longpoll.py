@@ -208,6 +208,16 @@ class TestConnections:
             )
         assert await poller.poll("private-a") == []
 
+    async def test_the_channel_of_a_user_whom_nobody_has_named_is_not_waited_for(
+        self, serve_realtime: Serve, http: httpx.AsyncClient
+    ) -> None:
+        site = await serve_realtime()
+        connected = await resume_of(site)
+        poller = Poller(http, site.url, resume=connected["resume"])
+        frames = await poller.poll("#user-7", "a", wait=20)
+        assert [frame["channel"] for frame in frames] == [f"#connection-{connected['connection']}", "a"]
+        assert poller.seconds < 5
+
     async def test_a_poll_takes_over_from_a_websocket_and_is_taken_over_by_one(
         self, serve_realtime: Serve, http: httpx.AsyncClient
     ) -> None:

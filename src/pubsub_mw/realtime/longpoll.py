@@ -59,7 +59,8 @@ async def _poll(scope: Scope, shared: Shared, connection: Connection, handshake:
     # A client that is polling already has nothing elsewhere that is to be closed.
     await connect(connection, wanted, resume, takes_over=not wanted.cursor)
     assert connection.id is not None
-    unanswered = {*wanted.channels, *connection.own_channels}
+    # Of the channel of a user whom the application has not named, there may be no answer.
+    unanswered = {name for name in wanted.channels if not name.startswith("#")}.union(connection.own_channels)
     frames = await _collect(connection, wanted.cursor, unanswered, deadline, shared.settings.max_poll_bytes)
     return b'{"frames":[%b],"cursor":%b}' % (b",".join(frames), orjson.dumps(str(wanted.cursor)))
 
