@@ -116,22 +116,114 @@ async def test_a_position_of_a_channel_that_nobody_allowed_is_not_told(
     assert claims["channels"]["b"].endswith(".0.0")
 
 
+@pytest.mark.parametrize("opens", ["the token", "the ticket", "the token, naming another channel"])
+async def test_positions_of_the_connections_own_channels_are_where_the_stream_goes_on(
+    serve_realtime: Serve, http: httpx.AsyncClient, raw_stream: Stream, publisher: AsyncPublisher, opens: str
+) -> None:
+    site = await serve_realtime()
+    sender = Sender(http, site)
+    connected = await sender.hello(grant=await publisher.grant(user="7"))
+    own = [f"#connection-{connected['connection']}", "#user-7"]
+    positions = {channel: str(await publisher.publish(channel, "known")) for channel in own}
+    for channel in own:
+        await publisher.publish(channel, "missed")
+    resume, sender.resume = sender.resume, None
+    again = await sender.hello(resume=resume, channels={**positions, "a": None})
+    assert again["connection"] == connected["connection"]
+    if opens == "the ticket":
+        stream = await raw_stream(events(site, frames="1", ticket=again["ticket"]))
+    else:
+        named = ["b"] if "naming" in opens else []
+        stream = await raw_stream(events(site, *named, frames="1"), headers=bearer(sender.resume))
+    assert (await stream.frame("connected"))["connection"] == connected["connection"]
+    for channel in own:
+        told = await stream.frame("subscribed", channel)
+        assert (told["position"], told["recovered"]) == (positions[channel], True)
+        message = await stream.frame("message")
+        assert (message["channel"], message["data"]) == (channel, "missed")
+    await stream.frame("subscribed", "b" if "naming" in opens else "a")
+    # A WebSocket that shows the token and gives no positions goes on from there, too, on the user's channel.
+    websocket = await RawClient.connect(site.ws_url + "/")
+    await websocket.hello(resume=sender.resume)
+    heard = [(await websocket.recv("message")) for _ in range(3)]
+    assert [frame["data"] for frame in heard if frame["channel"] == "#user-7"] == ["missed"]
+    await websocket.close()
+
+
+async def test_own_channels_are_taken_from_nobody_who_cannot_show_that_they_are(
+    serve_realtime: Serve, http: httpx.AsyncClient, publisher: AsyncPublisher
+) -> None:
+    site = await serve_realtime()
+    sender = Sender(http, site)
+    connected = await sender.hello(grant=await publisher.grant(user="7"))
+    own = f"#connection-{connected['connection']}"
+    position = str(await publisher.publish(own, 1))
+
+    async def refused(**fields: Any) -> list[tuple[str, str]]:
+        answers = await Sender(http, site).send({"type": "connect", **fields})
+        assert answers[0]["type"] == "connected"
+        return [(answer["code"], answer["channel"]) for answer in answers[1:]]
+
+    assert await refused(channels={own: position}) == [("bad_channel", own)]
+    assert await refused(resume="x.y.z", channels={own: position}) == [("bad_channel", own)]
+    strangers = {"#connection-x": position, "#user-8": None, own: position}
+    assert await refused(resume=sender.resume, channels=strangers) == [
+        ("bad_channel", "#connection-x"),
+        ("bad_channel", "#user-8"),
+    ]
+    # As on a WebSocket: who names its own wrongly would miss what was sent to it.
+    (error,) = await Sender(http, site).send({"type": "connect", "resume": sender.resume, "channels": {own: "x"}})
+    assert (error["code"], error["channel"]) == ("bad_position", own)
+
+
+async def test_the_channel_of_a_user_whom_the_application_names_keeps_its_position(
+    serve_realtime: Serve, http: httpx.AsyncClient, raw_stream: Stream, publisher: AsyncPublisher
+) -> None:
+    site = await serve_realtime()
+    nobody = Sender(http, site)
+    await nobody.hello()
+    position = str(await publisher.publish("#user-7", "known"))
+    await publisher.publish("#user-7", "missed")
+    resume, nobody.resume = nobody.resume, None
+    await nobody.hello(resume=resume, channels={"#user-7": position})
+    stream = await raw_stream(events(site, frames="1"), headers=bearer(nobody.resume))
+    await stream.frame("connected")
+    await nobody.send({"type": "grant", "grant": await publisher.grant(user="7")})
+    assert (await stream.frame("subscribed", "#user-7"))["position"] == position
+    assert (await stream.frame("message"))["data"] == "missed"
+
+
+@pytest.mark.parametrize("code", ["bad_channel", "bad_position"])
+async def test_a_channel_that_cannot_be_is_told_and_the_others_are_listened_to(
+    serve_realtime: Serve, http: httpx.AsyncClient, raw_stream: Stream, publisher: AsyncPublisher, code: str
+) -> None:
+    site = await serve_realtime()
+    wrong = {"a b": None} if code == "bad_channel" else {"a": "x"}
+    sender = Sender(http, site)
+    connected, pong, error = await sender.send(
+        {"type": "connect", "channels": {**wrong, "good": None}}, {"type": "pong"}
+    )
+    assert (connected["type"], pong["type"]) == ("connected", "accepted"), "in the order of the frames"
+    assert (error["type"], error["code"], [error["channel"]]) == ("error", code, list(wrong))
+    stream = await raw_stream(events(site, ticket=connected["ticket"]))  # a plain one, which ends if one is refused
+    await publisher.publish("good", "hi")
+    assert (await stream.recv()).data == "hi"
+
+
 @pytest.mark.parametrize(
-    ("channels", "code"),
+    "channels",
     [
-        ({"a b": None}, "bad_channel"),
-        ({"#user-7": None}, "bad_channel"),
-        ({"a": "x"}, "bad_position"),
-        ({f"{number:03}" + "x" * 190: None for number in range(30)}, "too_many_channels"),
-        ({str(number): None for number in range(129)}, "too_many_channels"),
+        {f"{number:03}" + "x" * 190: None for number in range(30)},
+        {str(number): None for number in range(129)},
     ],
+    ids=["too long", "too many"],
 )
-async def test_channels_that_cannot_be_are_refused(
-    serve_realtime: Serve, http: httpx.AsyncClient, channels: dict[str, str | None], code: str
+async def test_channels_that_no_token_holds_are_refused(
+    serve_realtime: Serve, http: httpx.AsyncClient, channels: dict[str, str | None]
 ) -> None:
     sender = Sender(http, await serve_realtime(max_resume_channels_bytes=5_000))
     (error,) = await sender.send({"type": "connect", "channels": channels})
-    assert (error["type"], error["code"]) == ("error", code)
+    assert (error["type"], error["code"]) == ("error", "too_many_channels")
 
 
 async def test_a_token_fits_into_the_header_that_carries_it(serve_realtime: Serve, http: httpx.AsyncClient) -> None:

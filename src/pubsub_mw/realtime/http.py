@@ -136,7 +136,8 @@ def read_query(scope: Mapping[str, Any], max_channels: int) -> dict[str, list[st
 
 
 def read_wanted(query: Mapping[str, list[str]], handshake: Handshake, resume: Resume | None) -> Wanted:
-    """Read `channel=`, `position=`, `cursor=` and `Last-Event-ID`; channels that are not named are those of `resume`.
+    """Read `channel=`, `position=`, `cursor=` and `Last-Event-ID`; channels that are not named are those of `resume`,
+    and of its own, which are listened to in any case, the places.
 
     Where several tell where a channel was left, the header counts before the cursor and the cursor before the position:
     an EventSource comes back with the header, and with the url that it began with.
@@ -149,10 +150,11 @@ def read_wanted(query: Mapping[str, list[str]], handshake: Handshake, resume: Re
         message = "give position= as often as channel=, in the same order; empty = none"
         raise Refusal(400, ErrorCode.BAD_POSITION, message)
     given = dict(zip(names, positions or [""] * len(names), strict=True))
-    if not given:
-        if resume is None:
-            raise Refusal(400, ErrorCode.BAD_CHANNEL, "name what to listen to: ?channel=news&channel=room:42")
-        given = {name: position or "" for name, position in resume.channels.items()}
+    if not given and resume is None:
+        raise Refusal(400, ErrorCode.BAD_CHANNEL, "name what to listen to: ?channel=news&channel=room:42")
+    for name, position in resume.channels.items() if resume is not None else ():
+        if not names or name.startswith("#"):
+            given.setdefault(name, position or "")
     first = next(iter(given), "")
     cursor = Cursor(first)
     for text in (*query.get("cursor", [])[-1:], handshake.first("last-event-id")):

@@ -1,8 +1,9 @@
 """Take the frames that a client without a WebSocket sends, and answer each at once.
 
 In:     `{"resume"?, "frames": [...]}` by POST
-Out:    `{"frames": [...]}`: for each `connected`, `accepted` or an `error`, then stored answers to requests that were
-        sent again; requests into the queue, publications to the broker, a fresh grant to wherever the stream is
+Out:    `{"frames": [...]}`: for each `connected`, `accepted` or an `error`, then an `error` for each channel of
+        `connect` that cannot be, and stored answers to requests that were sent again; requests into the queue,
+        publications to the broker, a fresh grant to wherever the stream is
 Owns:   nothing: who the client is comes from its token each time, so any server will do
 Never:  says `accepted` before it is true; takes what a form or a page of another origin could send
 
@@ -13,8 +14,7 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import orjson
 from starlette.types import Receive
@@ -23,13 +23,16 @@ from pubsub_mw import protocol
 from pubsub_mw.errors import BrokerUnavailable, ChannelError, ErrorCode, FrameError, GrantError
 from pubsub_mw.grants import Resume, sign_resume
 from pubsub_mw.model import (
+    USER_PREFIX,
     Channel,
     ConnectionId,
     Grant,
     Handshake,
     HistoryPage,
     Position,
+    channel_of_connection,
     channel_of_user,
+    check_channel,
     check_subscribable,
 )
 from pubsub_mw.realtime.connection import Shared, grant_refused
@@ -68,7 +71,7 @@ async def answer_frames(receive: Receive, shared: Shared, handshake: Handshake) 
         if sender.is_revoked:
             raise Refusal(401, ErrorCode.REVOKED, "the application ended this connection; connect anew")
     answers = [await sender.answer(frame) for frame in frames]
-    return b'{"frames":[%b]}' % b",".join(answers + sender.stored)
+    return b'{"frames":[%b]}' % b",".join(answers + sender.more)
 
 
 class _Sender:
@@ -79,7 +82,7 @@ class _Sender:
         self._handshake = handshake
         self._transport = transport
         self._resume = resume
-        self.stored: list[bytes] = []  # frames of answers to what was answered before
+        self.more: list[bytes] = []  # what else is to be told, after the answers
         self.is_revoked = False
         self.is_void = False
 
@@ -140,7 +143,7 @@ class _Sender:
                 user = resume.grant.user if resume.grant is not None else None
                 self._check_fresh(resume)
                 stored = await gate.accept(command, resume.connection, user, self._handshake, self._transport)
-                self.stored += [part.frame for part in stored]
+                self.more += [part.frame for part in stored]
                 return protocol.accepted(id=command.id)
             case protocol.Cancel():
                 if await gate.cancel(resume.connection, command.id):
@@ -182,8 +185,11 @@ class _Sender:
         if self.is_revoked:
             self._resume, self.is_revoked = None, False
             raise FrameError(ErrorCode.REVOKED, "the application ended this connection; connect without resume")
-        resume = new if self.is_void else dataclasses.replace(self._resume, issued_at=now)
-        self._resume = resume = await self._placed(resume, command.channels)
+        if self.is_void:
+            self._resume, before = new, None
+        resume = dataclasses.replace(self._resume, issued_at=now)
+        channels = self._listenable(command.channels, resume if before is not None else None)
+        self._resume = resume = await self._placed(resume, channels)
         ticket = secrets.token_urlsafe(16)
         kept = sign_resume(shared.secret, resume, expires=shared.settings.ticket_ttl, use="ticket")
         try:
@@ -194,33 +200,51 @@ class _Sender:
         token = self._signed(resume)
         return protocol.connected(resume.connection, token, user, shared.settings.ping_interval, ticket)
 
-    async def _placed(self, resume: Resume, channels: Any) -> Resume:
+    def _listenable(self, channels: Mapping[str, str | None], resumed: Resume | None) -> dict[str, str | None]:
+        """Return those of `channels` that can be, with their positions; of each other one tell after the answers.
+
+        Args:
+            resumed: whose token was shown; of its own channels it may say where it left them
+
+        Raises:
+            FrameError: it says that wrongly.
+        """
+        listenable: dict[str, str | None] = {}
+        for name, position in channels.items():
+            is_own = resumed is not None and _is_own(name, resumed)
+            try:
+                channel = check_channel(name) if is_own else check_subscribable(name)
+                if position is not None:
+                    Position.parse(position)
+            except ValueError as error:
+                code = ErrorCode.BAD_CHANNEL if isinstance(error, ChannelError) else ErrorCode.BAD_POSITION
+                if is_own:
+                    raise FrameError(code, str(error), channel=name[:200]) from error
+                self.more.append(protocol.error(code, str(error), channel=name[:200]))
+            else:
+                listenable[channel] = position
+        return listenable
+
+    async def _placed(self, resume: Resume, channels: Mapping[str, str | None]) -> Resume:
         """Note where each channel stands that is to be listened to from now on, so that nothing is missed until then.
 
         Not of those that nobody has allowed yet: that they exist is no business of this client.
         """
-        wanted: list[Channel] = []
-        for name, position in channels.items():
-            try:
-                channel = check_subscribable(name)
-                if position is not None:
-                    Position.parse(position)
-            except ChannelError as error:
-                raise FrameError(ErrorCode.BAD_CHANNEL, str(error), channel=name[:200]) from error
-            except ValueError as error:
-                raise FrameError(ErrorCode.BAD_POSITION, str(error), channel=name[:200]) from error
-            if position is None and self._shared.allows(resume.grant, channel):
-                wanted.append(channel)
+        anew = [Channel(name) for name, position in channels.items() if position is None and not name.startswith("#")]
+        wanted = [channel for channel in anew if self._shared.allows(resume.grant, channel)]
         user = resume.grant.user if resume.grant is not None else None
         if user is not None and resume.user_position is None:
             wanted.append(channel_of_user(user))
         tops = await self._tops(wanted)
-        places = {name: str(tops[name]) if name in tops else place for name, place in channels.items()}
+        places = {name: str(tops[Channel(name)]) if name in tops else place for name, place in channels.items()}
         limit = self._shared.settings.max_resume_channels_bytes
         if len(places) > self._shared.settings.max_channels or len(orjson.dumps(places)) > limit:
             message = f"the names and positions of these channels are over {limit} bytes; name them in the url instead"
             raise FrameError(ErrorCode.TOO_MANY_CHANNELS, message)
-        user_position = resume.user_position if user is None else tops.get(channel_of_user(user), resume.user_position)
+        user_position = resume.user_position
+        if user is not None:
+            place = places.get(channel_of_user(user))
+            user_position = Position.parse(place) if place else tops.get(channel_of_user(user), user_position)
         return dataclasses.replace(resume, channels=places, user_position=user_position)
 
     async def _tops(self, channels: Sequence[Channel]) -> dict[str, Position]:
@@ -259,3 +283,11 @@ class _Sender:
 
     def _signed(self, resume: Resume) -> str:
         return sign_resume(self._shared.secret, resume, expires=self._shared.settings.resume_ttl)
+
+
+def _is_own(name: str, resumed: Resume) -> bool:
+    """Whether `name` is the connection's own channel or its user's, who may be known to the application alone."""
+    user = resumed.grant.user if resumed.grant is not None else None
+    if name.startswith(USER_PREFIX):
+        return user is None or name == channel_of_user(user)
+    return name == channel_of_connection(resumed.connection)
