@@ -278,6 +278,10 @@ def test_history_is_kept_as_asked(channel: str, history: bool | int | None, size
         {"event": "a\nb"},
         {"event": "a\0"},
         {"event": "\ud800"},
+        {"event": "a\x7f"},
+        {"event": "a\x85"},
+        {"event": "a\u2028"},
+        {"event": "a\u2029"},
         {"event": "x" * 201},
         {"event": 5},
         {"event": None},
@@ -298,6 +302,11 @@ def test_history_is_kept_as_asked(channel: str, history: bool | int | None, size
 def test_a_wrong_argument_is_refused_before_anything_is_sent(arguments: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         build_draft(SETTINGS, **{"channel": "room:1", "data": 1, **arguments})
+
+
+@pytest.mark.parametrize("event", ["x" * 200, "😀" * 200, "👩\u200d🚀", "a\u00a0b", "\ue000", "\u0378", " "], ids=ascii)
+def test_an_event_may_hold_what_ends_no_line_and_controls_nothing(event: str) -> None:
+    assert orjson.loads(build_draft(SETTINGS, "room:1", 1, event=event).head + b'"}')["event"] == event
 
 
 def test_a_publication_may_be_as_large_as_the_limit_and_no_larger() -> None:

@@ -8,6 +8,7 @@ Never:  touches a web framework; sends anything
 
 import dataclasses
 import json
+import re
 import secrets
 import sys
 from collections.abc import Iterable, Mapping
@@ -26,11 +27,15 @@ from pubsub_mw.model import CONNECTION_PREFIX, Channel, Draft, check_channel
 from pubsub_mw.protocol import message_head
 from pubsub_mw.settings import Settings
 
-__all__ = ["build_answer_draft", "build_draft", "build_drafts", "encode_data"]
+__all__ = ["EVENT_PATTERN", "build_answer_draft", "build_draft", "build_drafts", "encode_data"]
 
 _TAG_BYTES = 6
-_MAX_EVENT_LENGTH = 200
 _MAX_KEY_LENGTH = 200
+_MAX_EVENT_LENGTH = 200
+EVENT_PATTERN = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
+"""Of the name of an event: no control character and no end of a line. For Python, and for JSON Schema, where some
+validators know no lone surrogates."""
+_EVENT = re.compile(EVENT_PATTERN)
 
 
 def build_drafts(settings: Settings, items: Iterable[tuple[str, object] | Mapping[str, Any]]) -> list[Draft]:
@@ -69,8 +74,10 @@ def build_draft(
 ) -> Draft:
     """Check and encode one publication; see `Publisher.publish`."""
     name = check_channel(channel)
-    if not isinstance(event, str) or not 0 < len(event) <= _MAX_EVENT_LENGTH or not event.isprintable():
-        raise ValueError(f"event {event!r:.80} must be 1 to {_MAX_EVENT_LENGTH} printable characters")
+    is_event = isinstance(event, str) and len(event) <= _MAX_EVENT_LENGTH and _EVENT.fullmatch(event)
+    if not is_event or not _is_utf8(event):
+        wrong = "a control character, the end of a line (U+2028, U+2029) or a lone surrogate"
+        raise ValueError(f"event {event!r:.80} must be 1 to {_MAX_EVENT_LENGTH} characters, none {wrong}")
     if exclude is not None:
         if not isinstance(exclude, str):
             raise TypeError(f"exclude={exclude!r:.80} must be the id of a connection, which is a text")

@@ -10,13 +10,13 @@ A channel that begins with `#` is somebody's own. A pattern allows those only if
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 from starlette.types import Receive
 
-from pubsub_mw.drafts import build_drafts
+from pubsub_mw.drafts import EVENT_PATTERN, build_drafts
 from pubsub_mw.errors import (
     BrokerUnavailable,
     ChannelError,
@@ -78,9 +78,12 @@ async def _read_grant(shared: Shared, token: str | None) -> Grant:
 
 def _read_drafts(shared: Shared, items: Sequence[object]) -> list[Draft]:
     for index, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            message = f"item {index} must be an object with channel and data"
-            raise Refusal(422, ErrorCode.BAD_FRAME, message)
+        if not isinstance(item, dict):
+            raise Refusal(422, ErrorCode.BAD_FRAME, f"item {index} must be an object with channel and data")
+        history = item.get("history")
+        # JSON has one kind of number: 100.0 is an integer to a schema, and what some languages write for 100.
+        if isinstance(history, float) and history.is_integer():
+            item["history"] = int(history)
     try:
         return build_drafts(shared.settings, items)  # type: ignore[arg-type]
     except PublicationTooLarge as error:
@@ -103,9 +106,13 @@ def _check_allowed(grant: Grant, drafts: Sequence[Draft]) -> None:
             raise Refusal(403, ErrorCode.FORBIDDEN, f"{draft.channel}: the grant does not allow to publish there")
 
 
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
 def _answer(description: str, **properties: Any) -> dict[str, Any]:
     schema = {"type": "object", "required": list(properties), "properties": properties}
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+    return {"description": description, "content": _json(schema)}
 
 
 def _error(description: str) -> dict[str, Any]:
@@ -128,7 +135,7 @@ _PUBLICATION: dict[str, Any] = {
             "examples": ["room:42"],
         },
         "data": {"description": "Any JSON.", "examples": [{"text": "hi"}]},
-        "event": {"type": "string", "minLength": 1, "maxLength": 200, "default": "message"},
+        "event": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": EVENT_PATTERN, "default": "message"},
         "idempotency_key": {
             "type": ["string", "null"],
             "minLength": 1,
@@ -146,6 +153,8 @@ _PUBLICATION: dict[str, Any] = {
         },
     },
 }
+_PUBLICATIONS = {"anyOf": [_PUBLICATION, {"type": "array", "items": _PUBLICATION}]}
+_POSITIONS = {"position": _POSITION, "positions": {"type": "array", "items": _POSITION}}
 DESCRIPTION: dict[str, Any] = {
     "openapi": "3.1.0",
     "info": {"title": "Publish to browsers", "version": "1"},
@@ -155,28 +164,11 @@ DESCRIPTION: dict[str, Any] = {
         "/publish": {
             "post": {
                 "summary": "Publish one publication, or several in one round trip and in order.",
-                "requestBody": {
-                    "required": True,
-                    "content": {
-                        "application/json": {
-                            "schema": {"anyOf": [_PUBLICATION, {"type": "array", "items": _PUBLICATION}]}
-                        }
-                    },
-                },
+                "requestBody": {"required": True, "content": _json(_PUBLICATIONS)},
                 "responses": {
                     "200": {
                         "description": "The broker has it: `position` of one, `positions` of a list.",
-                        "content": {
-                            "application/json": {
-                                "schema": {
-                                    "type": "object",
-                                    "properties": {
-                                        "position": _POSITION,
-                                        "positions": {"type": "array", "items": _POSITION},
-                                    },
-                                }
-                            }
-                        },
+                        "content": _json({"type": "object", "properties": _POSITIONS}),
                     },
                     "400": _error("Not JSON."),
                     "401": _error("No grant, or one that is not good."),
