@@ -58,6 +58,8 @@ async def test_it_can_be_mounted_inside_a_mount(
     await hears(await raw_client(site.ws_url + "/a/b/"), publisher)
     async with httpx.AsyncClient(base_url=site.url) as http:
         assert (await http.get("/a/b/health")).status_code == 200
+        for path in ("/a/b/metrics", "/a/b/healthy"):
+            assert "/a/b/health" in (await http.get(path)).json()["error"]["message"]
     await realtime.stop()
 
 
@@ -108,7 +110,10 @@ def test_it_serves_one_event_loop_after_another(prefix: str) -> None:
 async def test_other_paths_are_not_found_and_the_mount_says_what_it_is(serve_app: Serve, realtime: Realtime) -> None:
     site = await serve_app(realtime)
     async with httpx.AsyncClient(base_url=site.url) as http:
-        assert (await http.get("/nothing")).status_code == 404
+        for path, named in (("/nothing", ("/events", "/client.js")), ("/metrics", ("no metrics yet", "/health"))):
+            answer = await http.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unsupported")
+            assert all(name in answer.json()["error"]["message"] for name in named)
         hint = await http.get("/")
         assert hint.status_code == 426
         assert "WebSocket" in hint.text

@@ -89,6 +89,7 @@ class Realtime(Starlette):
                 ),
                 Route("/client.d.ts", _Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
             ],
+            exception_handlers={404: _not_found},
             lifespan=self._lifespan,
         )
 
@@ -349,6 +350,14 @@ class _Static:
 async def _describe(request: Request) -> Response:
     servers = [{"url": request.scope.get("root_path") or "/"}]
     return JSONResponse({**DESCRIPTION, "servers": servers}, headers={"cache-control": "no-cache"})
+
+
+async def _not_found(request: Request, _error: Exception) -> Response:
+    mount = request.scope.get("root_path", "")
+    message = f"there is nothing here; there are: {', '.join(mount + route.path for route in request.app.routes)}"
+    if request.scope["path"].removeprefix(mount) == "/metrics":
+        message = f"there are no metrics yet; {mount}/health tells whether this server is well"
+    return Refusal(404, ErrorCode.UNSUPPORTED, message).response()
 
 
 async def _hint(_request: Request) -> Response:
