@@ -66,6 +66,14 @@ async def test_metrics_are_not_for_visitors(deployment: Deployment) -> None:
         assert (await client.get("/realtime/health")).status_code == 200
 
 
+async def test_the_browsers_client_comes_compressed(deployment: Deployment) -> None:
+    async with deployment.client(http2=True) as client:
+        answer = await client.get("/realtime/client.js", headers={"Accept-Encoding": "gzip, br"})
+    assert (answer.status_code, answer.headers["content-encoding"]) == (200, "gzip")
+    assert int(answer.headers["content-length"]) < 6_000
+    assert "export function connect" in answer.text
+
+
 async def test_a_reload_of_nginx_keeps_connections_and_takes_new_ones(deployment: Deployment, prefix: str) -> None:
     client = await deployment.connect()
     await client.hello(channels={prefix: None})

@@ -166,9 +166,45 @@ async def test_the_client_is_served_and_can_be_cached(
         assert first.headers["cache-control"] == "no-cache"
         assert first.headers["access-control-allow-origin"] == "*"
         assert first.headers["x-content-type-options"] == "nosniff"
-        again = await http.get(path, headers={"if-none-match": first.headers["etag"]})
-        assert (again.status_code, again.content) == (304, b"")
+        for known in (first.headers["etag"], "W/" + first.headers["etag"], f'"other", {first.headers["etag"]}'):
+            again = await http.get(path, headers={"if-none-match": known})
+            assert (again.status_code, again.content) == (304, b"")
         assert (await http.get(path, headers={"if-none-match": '"other"'})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_compressed"),
+    [
+        ("gzip", True),
+        ("GZIP;q=0.5, br", True),
+        ("br, *", True),
+        ("*;q=0, gzip", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000, *", False),
+        ("br, *;q=0", False),
+        ("identity", False),
+        ("", False),
+    ],
+)
+async def test_the_client_is_sent_compressed_to_whom_accepts_that(
+    serve_app: Serve, realtime: Realtime, accepted: str, *, is_compressed: bool
+) -> None:
+    site = await serve_app(realtime)
+    async with httpx.AsyncClient(base_url=site.url, headers={"accept-encoding": accepted}) as http:
+        as_it_is = await http.get("/client.js", headers={"accept-encoding": "identity"})
+        answer = await http.get("/client.js")
+        assert answer.text == as_it_is.text
+        assert (answer.headers["etag"] != as_it_is.headers["etag"]) == is_compressed
+        assert answer.headers.get("content-encoding") == ("gzip" if is_compressed else None)
+        assert (int(answer.headers["content-length"]) < 6_000) == is_compressed
+        head = await http.head("/client.js")
+        assert head.content == b""
+        names = ("content-length", "content-encoding", "content-type", "etag", "vary", "cache-control")
+        assert [head.headers.get(name) for name in names] == [answer.headers.get(name) for name in names]
+        again = await http.get("/client.js", headers={"if-none-match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert (again.headers["vary"], again.headers["etag"]) == ("accept-encoding", answer.headers["etag"])
+        assert "content-encoding" not in again.headers
 
 
 async def test_an_address_may_have_so_many_connections(serve_realtime: Serve, raw_client: Open) -> None:

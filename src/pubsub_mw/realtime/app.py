@@ -10,7 +10,6 @@ Never:  needs a lifespan: a mounted app gets none, so everything starts on first
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import random
 import signal
@@ -40,7 +39,7 @@ from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.longpoll import answer_poll
 from pubsub_mw.realtime.origin import refuse_origin
 from pubsub_mw.realtime.publish import DESCRIPTION, answer_publish
-from pubsub_mw.realtime.script import slim
+from pubsub_mw.realtime.script import Static, slim
 from pubsub_mw.realtime.send import answer_frames
 from pubsub_mw.realtime.sse import refuse_events, serve_events
 from pubsub_mw.realtime.websocket import deny, serve_websocket, take_over
@@ -84,10 +83,8 @@ class Realtime(Starlette):
                 Route("/openapi.json", _describe),
                 Route("/poll", Endpoint(self.settings, "GET", self._poll)),
                 Route("/events", Endpoint(self.settings, "GET", self._events, refuse_events)),
-                Route(
-                    "/client.js", _Static(slim(static.joinpath("client.js").read_text()).encode(), "text/javascript")
-                ),
-                Route("/client.d.ts", _Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
+                Route("/client.js", Static(slim(static.joinpath("client.js").read_text()).encode(), "text/javascript")),
+                Route("/client.d.ts", Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
             ],
             exception_handlers={404: _not_found},
             lifespan=self._lifespan,
@@ -323,28 +320,6 @@ class _Running:
 
 def _nothing() -> None:
     pass
-
-
-class _Static:
-    """One file of the package, as an ASGI endpoint; public, so any page may load it."""
-
-    def __init__(self, content: bytes, media_type: str) -> None:
-        self._content = content
-        self._media_type = media_type
-        self._etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {
-            "etag": self._etag,
-            "cache-control": "no-cache",
-            "access-control-allow-origin": "*",
-            "x-content-type-options": "nosniff",
-        }
-        if Request(scope).headers.get("if-none-match") == self._etag:
-            response = Response(status_code=304, headers=headers)
-        else:
-            response = Response(self._content, media_type=self._media_type, headers=headers)
-        await response(scope, receive, send)
 
 
 async def _describe(request: Request) -> Response:
