@@ -481,6 +481,33 @@ class TestWhatIsNotTaken:
         assert response.status_code == status, response.text
         assert status == 200 or response.json()["error"]["message"]
 
+    @pytest.mark.parametrize(
+        ("path", "declared"), [("/send", "65537"), ("/send", "9" * 18), ("/publish", "4001"), ("/publish", "9" * 18)]
+    )
+    async def test_a_body_that_is_said_to_be_too_large_is_not_waited_for(
+        self, serve_realtime: Serve, publisher: AsyncPublisher, path: str, declared: str
+    ) -> None:
+        site = await serve_realtime(max_publish_bytes=4_000)
+        grant = await publisher.grant(publish=["*"])
+        head = f"host: a\r\ncontent-type: application/json\r\nauthorization: Bearer {grant}\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(f"POST {path} HTTP/1.1\r\n{head}content-length: {declared}\r\n\r\n".encode())
+        assert b" 413 " in await asyncio.wait_for(reader.readline(), 3000 * MS)
+        writer.close()
+
+    @pytest.mark.parametrize("declared", ["x", "-1", "1.5", "0x10", "", "1, 2", "\u00b2", "9" * 5_000])
+    async def test_a_length_that_is_none_breaks_nothing(
+        self, serve_realtime: Serve, http: httpx.AsyncClient, declared: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        site = await serve_realtime(connect_timeout=100 * MS)
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        head = f"POST /send HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {declared}\r\n\r\n"
+        writer.write(head.encode("latin-1"))
+        assert b" 4" in await asyncio.wait_for(reader.readline(), 3000 * MS)
+        writer.close()
+        assert (await http.get(site.url + "/client.js")).status_code == 200
+        assert "Traceback" not in caplog.text
+
     async def test_a_body_that_does_not_come_is_not_waited_for(self, serve_realtime: Serve) -> None:
         site = await serve_realtime(connect_timeout=100 * MS)
         reader, writer = await asyncio.open_connection("127.0.0.1", site.port)

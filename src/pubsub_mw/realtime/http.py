@@ -237,6 +237,11 @@ async def read_json(receive: Receive, handshake: Handshake, limit_bytes: int, se
     kind = (handshake.first("content-type") or "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, ErrorCode.UNSUPPORTED, "send application/json")
+    too_large = Refusal(413, ErrorCode.TOO_LARGE, f"a body may have {limit_bytes} bytes")
+    declared = handshake.first("content-length") or ""
+    # As long a number as Python does not read is too large in any case.
+    if declared.isdecimal() and (len(declared) > 100 or int(declared) > limit_bytes):
+        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
@@ -246,7 +251,7 @@ async def read_json(receive: Receive, handshake: Handshake, limit_bytes: int, se
                 body += message.get("body", b"")
                 more_body = message.get("more_body", False)
                 if len(body) > limit_bytes:
-                    raise Refusal(413, ErrorCode.TOO_LARGE, f"a body may have {limit_bytes} bytes")
+                    raise too_large
         return orjson.loads(body)
     except TimeoutError:
         raise Refusal(408, ErrorCode.BAD_FRAME, f"the body did not come within {seconds:g} s") from None
