@@ -61,6 +61,14 @@ def test_a_foreign_page_may_not_connect(origin: str) -> None:
     assert refuse_origin(handshake(("host", "good.example"), ("origin", origin)), ()) is not None
 
 
+def test_a_refusal_names_the_host_that_came_and_what_a_proxy_needs() -> None:
+    """nginx's own Host is the upstream's name."""
+    refusal = refuse_origin(handshake(("host", "upstream"), ("origin", "https://good.example")), ())
+    assert refusal is not None
+    for part in ("'https://good.example'", "'upstream'", "proxy_set_header Host $http_host;", "PUBSUB_ORIGINS"):
+        assert part in refusal
+
+
 @pytest.mark.parametrize("origin", FOREIGN)
 def test_a_foreign_page_may_not_connect_where_origins_are_listed(origin: str) -> None:
     refusal = refuse_origin(

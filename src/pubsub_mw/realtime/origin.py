@@ -43,10 +43,15 @@ def refuse_origin(handshake: Handshake, origins: tuple[str, ...], *, may_lack_or
         return f"origin {found[0]!r:.100} may not connect"
     if origins:
         allowed = names_origin(origins, found[0])
+        cure = "allow it by PUBSUB_ORIGINS"
     else:
         hosts = handshake.all("host")
         allowed = len(hosts) == 1 and _parse(f"{origin[0]}://{hosts[0]}") == origin
-    return None if allowed else f"origin {found[0]!r:.100} may not connect; allow it by PUBSUB_ORIGINS"
+        cure = (
+            f"the request came with Host {', '.join(hosts)!r:.100}. A proxy that changes Host must pass it on as it"
+            " came (nginx: proxy_set_header Host $http_host;); another origin is allowed by PUBSUB_ORIGINS"
+        )
+    return None if allowed else f"origin {found[0]!r:.100} may not connect; {cure}"
 
 
 def names_origin(origins: tuple[str, ...], origin: str) -> bool:
