@@ -186,6 +186,26 @@ def test_deep_nesting_is_a_frame_or_an_error_never_a_crash(depth: int, before: s
         assert depth <= 1_000
 
 
+@pytest.mark.parametrize(
+    "number", [2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**22 + 1, 10**300 + 7]
+)
+@pytest.mark.parametrize("kind", [str, str.encode])
+def test_an_integer_keeps_all_its_digits(number: int, kind: Any) -> None:
+    data = {"\u00e9": [number, -number, 1.5, 1e22, "12345678901234567890", 0.12345678901234567890123]}
+    command = decode_command(kind(json.dumps({"type": "publish", "channel": "a", "data": data}, ensure_ascii=False)))
+    assert isinstance(command, Publish)
+    assert json.dumps(command.data) == json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    "other", ["NaN", "-Infinity", "1e400", '"\\ud800"', "9" * 400, "[" * 5_000, "[" * 1_020 + "]" * 1_020]
+)
+def test_beside_a_long_integer_nothing_more_is_json(other: str) -> None:
+    with pytest.raises(FrameError) as caught:
+        decode_command(f'{{"type":"publish","channel":"a","data":[12345678901234567890123,{other}]}}')
+    assert caught.value.code == ErrorCode.BAD_FRAME
+
+
 def decode_or_refuse(text: str | bytes) -> protocol.Command | None:
     """Return the command, or None after showing that the refusal is a frame that can be sent."""
     try:

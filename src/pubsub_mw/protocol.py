@@ -54,6 +54,7 @@ A position is text that only a server makes; a client hands back the last one it
 """
 
 import base64
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ __all__ = [
     "message_tail",
     "position_of",
     "read_command",
+    "read_json",
     "response_chunk_head",
     "response_end_head",
     "response_head",
@@ -164,9 +166,30 @@ def decode_command(text: str | bytes) -> Command:
         FrameError: with the code and the sentence to answer with.
     """
     try:
-        return read_command(orjson.loads(text))
+        return read_command(read_json(text))
     except orjson.JSONDecodeError as problem:
         raise FrameError(ErrorCode.BAD_FRAME, f"a frame is one JSON object; this is not JSON: {problem}") from None
+
+
+def read_json(text: str | bytes | bytearray) -> Any:
+    """Read JSON that a client sent, with all digits of its integers: of those over 64 bits, orjson makes floats.
+
+    Raises:
+        orjson.JSONDecodeError: it is none.
+    """
+    value = orjson.loads(text)
+    if len(text) > len(_LONG_NUMBER):
+        content = text.encode() if isinstance(text, str) else text
+        if _LONG_NUMBER in content.translate(_DIGITS):
+            try:
+                return json.loads(content)
+            except RecursionError:
+                raise orjson.JSONDecodeError("it is nested too deeply", "", 0) from None
+    return value
+
+
+_LONG_NUMBER = b"9" * 19  # in digits, the shortest that may be over 64 bits
+_DIGITS = bytes(ord("9") if chr(byte).isdecimal() else byte for byte in range(256))
 
 
 def read_command(frame: object) -> Command:

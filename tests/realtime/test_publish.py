@@ -83,6 +83,26 @@ class TestPublishing:
         await program.post({"channel": "room", "data": 3})
         assert [(await client.recv("message"))["data"] for _ in range(2)] == [1, 3]
 
+    @pytest.mark.parametrize("way", ["publish", "send", "websocket"])
+    async def test_an_integer_over_64_bits_keeps_all_its_digits(
+        self, serve_realtime: Serve, http: httpx.AsyncClient, raw_client: Open, publisher: AsyncPublisher, way: str
+    ) -> None:
+        site = await serve_realtime()
+        client = await raw_client(site.ws_url + "/")
+        grant = await publisher.grant(publish=["*"])
+        await client.hello(channels={"room": None}, grant=grant)
+        await client.recv("subscribed")
+        publication = {"channel": "room", "data": [12345678901234567890123, -(2**70), 1.5]}
+        if way == "publish":
+            assert (await Program(http, site, grant).post(publication)).status_code == 200
+        elif way == "send":
+            frames = [{"type": "connect", "grant": grant}, {"type": "publish", **publication}]
+            answer = await http.post(site.url + "/send", json={"frames": frames})
+            assert answer.json()["frames"][1]["type"] == "accepted"
+        else:
+            await client.send({"type": "publish", **publication})
+        assert (await client.recv("message"))["data"] == publication["data"]
+
     async def test_a_list_of_which_one_is_wrong_is_not_published(
         self, serve_realtime: Serve, http: httpx.AsyncClient, publisher: AsyncPublisher
     ) -> None:

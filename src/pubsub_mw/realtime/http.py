@@ -252,7 +252,7 @@ async def read_json(receive: Receive, handshake: Handshake, limit_bytes: int, se
                 more_body = message.get("more_body", False)
                 if len(body) > limit_bytes:
                     raise too_large
-        return orjson.loads(body)
+        return protocol.read_json(body)
     except TimeoutError:
         raise Refusal(408, ErrorCode.BAD_FRAME, f"the body did not come within {seconds:g} s") from None
     except orjson.JSONDecodeError as error:
