@@ -37,6 +37,7 @@ NOT_OF_A_FRAME = {
     "message_tail",
     "position_of",
     "read_command",
+    "read_json",
     "split_message",
 }
 READ_TOGETHER = {"encoding": "body"}
