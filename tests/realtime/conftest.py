@@ -11,6 +11,8 @@ import uvicorn
 
 from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime import Realtime
+from pubsub_mw.realtime.connection import Connection
+from pubsub_mw.realtime.control import Control
 from tests.tools.clock import MS, eventually_async
 from tests.tools.ports import free_port
 from tests.tools.uvicorn_server import Server
@@ -31,6 +33,17 @@ class Site:
         self.server = server
         self.url = f"http://127.0.0.1:{port}"
         self.ws_url = f"ws://127.0.0.1:{port}"
+
+
+def delay_look_ups(monkeypatch: pytest.MonkeyPatch, control: Control, seconds: float) -> None:
+    """Let a server look up so late what was revoked that a grant can expire in between."""
+    look_up = control.look_up
+
+    async def look_up_late(connection: Connection) -> None:
+        await asyncio.sleep(seconds)
+        await look_up(connection)
+
+    monkeypatch.setattr(control, "look_up", look_up_late)
 
 
 @pytest.fixture(params=[OURS, PLAIN], ids=["ours", "plain"])

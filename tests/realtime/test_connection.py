@@ -18,6 +18,7 @@ from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.connection import Connection, Shared
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.settings import Settings
+from tests.realtime.conftest import delay_look_ups
 from tests.tools.clock import MS, eventually_async
 
 pytestmark = pytest.mark.anyio
@@ -548,13 +549,7 @@ async def test_a_grant_beside_an_expired_one_neither_ends_what_there_is_nor_make
 async def test_a_grant_that_expires_while_its_connection_begins_ends_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_up = server.shared.control.look_up
-
-    async def look_up_slowly(connection: Any) -> None:
-        await asyncio.sleep(100 * MS)
-        await look_up(connection)
-
-    monkeypatch.setattr(server.shared.control, "look_up", look_up_slowly)
+    delay_look_ups(monkeypatch, server.shared.control, 100 * MS)
     client = server.client()
     token = grant("7", expires=50 * MS, channels=("private-a",))
     await client.send({"type": "connect", "grant": token, "channels": {"private-a": None}})

@@ -15,7 +15,7 @@ from pubsub_mw.asgi import with_realtime
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.publisher import AsyncPublisher, Publisher
 from pubsub_mw.realtime import Realtime
-from tests.realtime.conftest import SECRET, Site
+from tests.realtime.conftest import SECRET, Site, delay_look_ups
 from tests.realtime.serving import Servers
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import Frame, RawClient
@@ -271,14 +271,7 @@ class TestConnections:
         poller = Poller(http, site.url, resume=connected["resume"])
         (told,) = [frame for frame in await poller.poll("presence-a", wait=20) if "members" in frame]
         assert [member["user"] for member in told["members"]] == ["7"]
-        control = site.app._running.shared.control
-        look_up = control.look_up
-
-        async def look_up_slowly(connection: Any) -> None:
-            await asyncio.sleep(1000 * MS)
-            await look_up(connection)
-
-        monkeypatch.setattr(control, "look_up", look_up_slowly)
+        delay_look_ups(monkeypatch, site.app._running.shared.control, 1000 * MS)
         refused = await poller.get("presence-a", "private-b")
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "grant_expired")
         assert await publisher.presence("presence-a")

@@ -20,7 +20,7 @@ from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime import Realtime, sse
 from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.cursor import Cursor
-from tests.realtime.conftest import SECRET, Site
+from tests.realtime.conftest import SECRET, Site, delay_look_ups
 from tests.tools.clock import MS, eventually_async
 from tests.tools.raw_client import RawClient
 from tests.tools.raw_stream import Event, RawStream
@@ -413,14 +413,7 @@ class TestFrames:
     ) -> None:
         site = await serve_realtime()
         first = await raw_stream_of_websocket(site, await publisher.grant(channels=["private-*"], expires=500 * MS))
-        control = site.app._running.shared.control
-        look_up = control.look_up
-
-        async def look_up_slowly(connection: Any) -> None:
-            await asyncio.sleep(500 * MS)
-            await look_up(connection)
-
-        monkeypatch.setattr(control, "look_up", look_up_slowly)
+        delay_look_ups(monkeypatch, site.app._running.shared.control, 500 * MS)
         params = [*channels("private-a"), *([FRAMES] if form == "framed" else [])]
         headers = {"Authorization": f"Bearer {first['resume']}"}
         stream = await raw_stream(site.url + "/events", params=params, headers=headers)
