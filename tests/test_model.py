@@ -101,6 +101,24 @@ def test_hostile_names_are_refused(text: str) -> None:
         check_channel(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("#admin", "only #connection-<id> and #user-<id>"),
+        ("#users-1", "only #connection-<id> and #user-<id>"),
+        ("#connection-a b", "names no connection: its id is 1 to 188 of A-Z"),
+        ("#connection-" + "a" * 189, "names no connection: its id is 1 to 188 of A-Z"),
+        ("#user-", "names no user: its id is 1 to 194 of A-Z"),
+        ("#user-" + "a" * 195, "names no user: its id is 1 to 194 of A-Z"),
+    ],
+)
+def test_what_is_wrong_with_an_own_channel_is_said(text: str, wanted: str) -> None:
+    with pytest.raises(ChannelError, match=wanted):
+        check_channel(text)
+    for prefix, longest in (("#connection-", 188), ("#user-", 194)):
+        assert check_channel(prefix + "a" * longest)
+
+
 @pytest.mark.parametrize("value", [None, 5, b"room", ["room"], object()])
 def test_a_name_is_a_string(value: object) -> None:
     with pytest.raises(ChannelError, match="a name is a string"):

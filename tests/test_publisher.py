@@ -304,6 +304,11 @@ def test_a_wrong_argument_is_refused_before_anything_is_sent(arguments: dict[str
         build_draft(SETTINGS, **{"channel": "room:1", "data": 1, **arguments})
 
 
+def test_what_exclude_wants_is_said() -> None:
+    with pytest.raises(ChannelError, match="names no connection: its id is 1 to 188 of"):
+        build_draft(SETTINGS, "room:1", 1, exclude="a b")
+
+
 @pytest.mark.parametrize("event", ["x" * 200, "😀" * 200, "👩\u200d🚀", "a\u00a0b", "\ue000", "\u0378", " "], ids=ascii)
 def test_an_event_may_hold_what_ends_no_line_and_controls_nothing(event: str) -> None:
     assert orjson.loads(build_draft(SETTINGS, "room:1", 1, event=event).head + b'"}')["event"] == event
@@ -453,6 +458,7 @@ def test_without_a_secret_one_is_kept_in_the_broker_and_said_so_once(
         {"expires": math.nan},
         {"expires": 1e16},
         {"expires": "soon"},
+        {"expires": timedelta(hours=1)},
         {"info": object()},
     ],
     ids=str,
@@ -461,6 +467,21 @@ def test_a_grant_that_nobody_could_use_is_not_made(arguments: dict[str, Any]) ->
     publisher = Publisher("memory://", secret="a secret of thirty-two characters")
     with pytest.raises((ValueError, TypeError)):
         publisher.grant(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"user": "a b"}, "names no user: its id is 1 to 194 of"),
+        ({"expires": timedelta(hours=1)}, "must be a number of seconds"),
+        ({"expires": "3600"}, "must be a number of seconds"),
+        ({"expires": None}, "must be a number of seconds"),
+    ],
+    ids=str,
+)
+def test_what_a_grant_wants_is_said(arguments: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        Publisher("memory://", secret="a secret of thirty-two characters").grant(**arguments)
 
 
 def test_a_moody_value_raises_what_a_caller_expects() -> None:

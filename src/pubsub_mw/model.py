@@ -51,7 +51,6 @@ LIFECYCLE_CHANNEL = Channel("#lifecycle")
 """Where the application's answers to lifecycle reports go; nobody listens. Such a report is never too late."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.,:;=@/-]{1,200}\Z")
-_OWN_NAME = re.compile(r"#(?:connection|user)-[A-Za-z0-9_.,:;=@/-]+\Z")
 _POSITION = re.compile(r"([A-Za-z0-9_-]{1,32})\.(0|[1-9][0-9]{0,15})\.([A-Za-z0-9_-]{1,32})\Z")
 
 START_TAG = "0"
@@ -71,8 +70,11 @@ def check_channel(name: str) -> Channel:
     if not isinstance(name, str):
         raise ChannelError(name, "is not the name of a channel; a name is a string")
     if name.startswith("#"):
-        if len(name) > 200 or not _OWN_NAME.match(name):
+        kind, _, whose = name[1:].partition("-")
+        if kind not in ("connection", "user"):
             raise ChannelError(name, "is reserved; of the # names only #connection-<id> and #user-<id> may be used")
+        if len(name) > 200 or not _NAME.match(whose):
+            raise ChannelError(name, f"names no {kind}: its id is 1 to {198 - len(kind)} of A-Z a-z 0-9 _.,:;=@/-")
     elif not _NAME.match(name):
         raise ChannelError(name, "is not the name of a channel; use 1 to 200 of A-Z a-z 0-9 _ . , : ; = @ / -")
     return Channel(name)

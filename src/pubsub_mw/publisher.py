@@ -25,9 +25,7 @@ from pubsub_mw.drafts import build_answer_draft, build_draft, build_drafts, enco
 from pubsub_mw.errors import BrokerUnavailable, ChannelError, PublishError
 from pubsub_mw.grants import sign_grant
 from pubsub_mw.model import (
-    CONNECTION_PREFIX,
     CONTROL_CHANNEL,
-    USER_PREFIX,
     Channel,
     Draft,
     Position,
@@ -319,7 +317,7 @@ def _revocation(
         raise TypeError("give either user= or connection=")
     at = time.time()
     identity = f"user:{user}" if user is not None else f"connection:{connection}"
-    check_channel(f"{USER_PREFIX if user is not None else CONNECTION_PREFIX}{identity.partition(':')[2]}")
+    check_channel("#" + identity.replace(":", "-", 1))
     news = head_of({"type": "control", "identity": identity, "subject": subject, "at": at})
     return identity, subject, at, build_answer_draft(settings, CONTROL_CHANNEL, news, "", "")
 
@@ -328,8 +326,8 @@ def _grant_claims(
     user: str | None, channels: Iterable[str], publish: Iterable[str], info: object, expires: float
 ) -> dict[str, Any]:
     """Check what a grant shall say, and return it as `sign_grant` takes it."""
-    if not 0 < expires <= _MAX_EXPIRES:
-        raise ValueError(f"expires={expires} must be a number of seconds, up to a hundred years")
+    if not isinstance(expires, (int, float)) or not 0 < expires <= _MAX_EXPIRES:
+        raise ValueError(f"expires={expires!r} must be a number of seconds, up to a hundred years")
     return {
         "expires": expires,
         "user": None if user is None else str(user),
