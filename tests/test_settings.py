@@ -128,6 +128,19 @@ def test_an_origin_is_scheme_and_host(origin: str) -> None:
         build(origins=[origin])
 
 
+@pytest.mark.parametrize(
+    "requests", ["rooms/*", "x", "/rooms/* news", ["https://example.com/rooms/*"], [""], "?x", True]
+)
+def test_a_pattern_that_no_path_can_match_is_refused(requests: object) -> None:
+    with pytest.raises(SettingsError, match="requests"):
+        build(requests=requests)
+
+
+@pytest.mark.parametrize("requests", ["", "*", "/*", "*/messages /rooms/*"])
+def test_a_pattern_of_paths_begins_with_a_slash_or_any_text(requests: str) -> None:
+    assert build(requests=requests).requests == tuple(requests.split())
+
+
 def test_lists_may_be_given_as_text_or_as_any_collection() -> None:
     expected = ("https://a", "https://b")
     for value in ("https://a https://b", list(expected), expected):

@@ -188,6 +188,9 @@ class Settings:
             path = getattr(self, name)
             if path and not path.startswith("/"):
                 raise SettingsError(f"{name} {path!r} must be a path that begins with /")
+        for pattern in self.requests:
+            if not pattern.startswith(("/", "*")):
+                raise SettingsError(f"requests {pattern!r} matches no path; a pattern of paths begins with / or *")
         for origin in self.origins:
             if origin != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#]+", origin):
                 raise SettingsError(f"origin {origin!r} must be scheme://host or scheme://host:port, or *")
