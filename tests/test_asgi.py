@@ -549,6 +549,27 @@ def test_it_works_below_a_mount(together: Together) -> None:
         assert client.get("/below/realtime").status_code == 426
 
 
+@pytest.mark.parametrize("mount", ["", "/below"])
+def test_a_websocket_goes_to_the_endpoint_and_to_nothing_below_it(together: Together, mount: str) -> None:
+    def app(_environ: Environ, start_response: StartResponse) -> list[bytes]:
+        start_response(*OK)
+        return [b""]
+
+    async def refusals(address: str) -> list[int | None]:
+        statuses: list[int | None] = []
+        for path in ("", "/", "/nonsense", "/events", "/realtime"):
+            try:
+                async with await RawClient.connect(f"ws://{address}{mount}/realtime{path}") as client:
+                    await client.hello()
+                statuses.append(None)
+            except InvalidStatus as refusal:
+                statuses.append(refusal.response.status_code)
+        return statuses
+
+    with serving(Starlette(routes=[Mount(mount, together(app))]) if mount else together(app)) as address:
+        assert asyncio.run(refusals(address)) == [None, None, 404, 404, 404]
+
+
 # The memory broker's warning.
 
 

@@ -63,6 +63,38 @@ async def test_it_can_be_mounted_inside_a_mount(
     await realtime.stop()
 
 
+@pytest.mark.parametrize("root_path", ["", "/root"])
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/a", None),
+        ("/a/", None),
+        ("/a/realtime", None),
+        ("/a/realtime/", None),
+        ("/other", None),
+        ("/a/nonsense", 404),
+        ("/a/realtime/nonsense", 404),
+        ("/a/realtime/realtime", 404),
+        ("/a/realtime/events", 404),
+        ("/a/realtime//", 404),
+    ],
+)
+async def test_a_websocket_below_the_mount_is_refused(
+    serve_app: Serve, realtime: Realtime, path: str, status: int | None, root_path: str
+) -> None:
+    inner = [Mount("/realtime", realtime), WebSocketRoute("/realtime", realtime), Mount("/", realtime)]
+    outer = [Mount("/a", routes=inner), WebSocketRoute("/a", realtime), WebSocketRoute("/other", realtime)]
+    site = await serve_app(Starlette(routes=outer), root_path=root_path)
+    refused = None
+    try:
+        async with await RawClient.connect(site.ws_url + path) as client:
+            await client.hello()
+    except InvalidStatus as refusal:
+        refused = refusal.response.status_code
+    assert refused == status
+    await realtime.stop()
+
+
 async def test_it_can_be_served_under_a_root_path(
     serve_app: Serve, raw_client: Open, realtime: Realtime, publisher: AsyncPublisher
 ) -> None:

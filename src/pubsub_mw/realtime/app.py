@@ -24,7 +24,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -92,8 +92,8 @@ class Realtime(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            # Whatever path led here: a `Mount` passes on only what comes below its closing slash, so an app that wants
-            # the mount itself too adds `WebSocketRoute("/realtime", realtime)`.
+            # A `Mount` passes on only what comes below its closing slash, so who wants the mount itself too adds
+            # `WebSocketRoute("/realtime", realtime)`. By that, as by other routers, any path may lead here.
             await self._websocket(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -180,6 +180,10 @@ class Realtime(Starlette):
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         handshake = Handshake.from_scope(scope, is_whole=False)
         try:
+            if scope.get("endpoint") is self and isinstance(scope.get("route"), Mount):
+                above, _, below = scope["path"].partition(scope["root_path"] + "/")
+                if below and not above:
+                    raise Refusal(404, ErrorCode.UNSUPPORTED, "nothing is here; WebSockets go to the mount itself")
             shared = await self._checked(handshake)
             leave = self._admit(handshake)
         except Refusal as refusal:
@@ -226,7 +230,7 @@ class Realtime(Starlette):
             raise Refusal(503, ErrorCode.UNAVAILABLE, "this server is going away; try again")
         limit, address = self.settings.max_connections_per_address, handshake.address
         if not limit:
-            return _nothing
+            return lambda: None
         if self._per_address[address] >= limit:
             raise Refusal(429, ErrorCode.BUSY, f"an address may have {limit} connections")
         self._per_address[address] += 1
@@ -316,10 +320,6 @@ class _Running:
         await self.shared.gate.close()
         await self._publisher.close()
         await self._broker.close()
-
-
-def _nothing() -> None:
-    pass
 
 
 async def _describe(request: Request) -> Response:
