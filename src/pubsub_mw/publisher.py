@@ -24,15 +24,7 @@ from pubsub_mw.broker.presence import PresenceCall
 from pubsub_mw.drafts import build_answer_draft, build_draft, build_drafts, encode_data
 from pubsub_mw.errors import BrokerUnavailable, ChannelError, PublishError
 from pubsub_mw.grants import sign_grant
-from pubsub_mw.model import (
-    CONTROL_CHANNEL,
-    Channel,
-    Draft,
-    Position,
-    check_channel,
-    check_subscribable,
-    is_presence,
-)
+from pubsub_mw.model import CONTROL_CHANNEL, Channel, Draft, Position, check_channel, check_subscribable, is_presence
 from pubsub_mw.protocol import head_of
 from pubsub_mw.settings import Settings
 

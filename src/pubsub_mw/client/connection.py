@@ -21,13 +21,7 @@ from pubsub_mw.client.ladder import TRANSPORTS, Ladder, backoff
 from pubsub_mw.client.requests import Params, Requests, Response, build_request, is_newer
 from pubsub_mw.client.subscription import Gap, Message, Presence, Subscription, closed_here
 from pubsub_mw.client.websocket import LinkLost, WebSocketLink, websocket_url
-from pubsub_mw.errors import (
-    CloseCode,
-    ConnectFailed,
-    ConnectionClosed,
-    ErrorCode,
-    may_reconnect,
-)
+from pubsub_mw.errors import CloseCode, ConnectFailed, ConnectionClosed, ErrorCode, may_reconnect
 
 __all__ = ["Connection", "connect"]
 

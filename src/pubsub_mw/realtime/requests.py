@@ -23,14 +23,7 @@ from pubsub_mw.broker.interface import Acceptance, Accepted, AsyncBroker, Offer,
 from pubsub_mw.drafts import build_answer_draft
 from pubsub_mw.errors import BrokerUnavailable, ErrorCode, FrameError, PublishError
 from pubsub_mw.grants import queue_key
-from pubsub_mw.model import (
-    Channel,
-    ConnectionId,
-    Handshake,
-    Position,
-    Publication,
-    Request,
-)
+from pubsub_mw.model import Channel, ConnectionId, Handshake, Position, Publication, Request
 from pubsub_mw.publisher import AsyncPublisher
 from pubsub_mw.realtime.request_check import RequestCheck
 from pubsub_mw.realtime.send_queue import SendQueue
