@@ -78,11 +78,22 @@ def test_a_poller_is_told_what_it_does_not_know() -> None:
     assert not cursor.follow(b'{"type":"ping"}', "")
     error = b'{"type":"error","code":"forbidden","message":"no","channel":"b"}'
     assert [cursor.follow(error, "") for _ in range(2)] == [True, False]
-    for passing in (b"unavailable", b"grant_expired"):
-        assert [cursor.follow(error.replace(b"forbidden", passing), "") for _ in range(2)] == [True, True]
     again = Cursor.parse(str(cursor), "a")
     assert not again.follow(error, "")
     assert again.at("b") is None
+
+
+@pytest.mark.parametrize("code", ["forbidden", "unavailable", "busy", "grant_expired"])
+@pytest.mark.parametrize("members", [{}, {"members": []}, {"members": [{"user": "ann", "info": None}]}])
+def test_a_refusal_is_told_once_and_leaves_the_place_where_it_was(code: str, members: dict[str, object]) -> None:
+    error = json.dumps({"type": "error", "code": code, "message": "no", "channel": "a"}).encode()
+    cursor = Cursor("a")
+    for recovered in (None, True):
+        assert cursor.follow(subscribed_frame(recovered, **members), "")
+        for is_news in (True, False, False):
+            assert cursor.follow(error, "") == is_news
+            cursor = Cursor.parse(str(cursor), "a")
+            assert cursor.at("a") == "e.5.t"
 
 
 def test_members_are_told_when_they_are_others_whatever_their_order() -> None:

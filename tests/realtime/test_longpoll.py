@@ -1,7 +1,9 @@
 """Long-polling: each poll by itself, at whichever server, and together a stream without a gap."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import pairwise
 from typing import Any
 
 import flask
@@ -177,6 +179,36 @@ async def test_a_refused_channel_is_told_once_and_heard_when_it_is_allowed(
     assert "private-a" in [frame["channel"] for frame in await poller.poll("private-a", "b", wait=20)]
     await publisher.publish("private-a", "at last")
     assert [frame["data"] for frame in await poller.poll("private-a", "b", wait=20)] == ["at last"]
+
+
+async def test_a_channel_that_is_refused_for_now_is_told_once_and_asked_for_again_after_a_while(
+    http: httpx.AsyncClient, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_mw.realtime.longpoll._REFUSED_SECONDS", 300 * MS)
+    app, asked, status = flask.Flask("deciding"), list[float](), 200
+
+    @app.get("/authorize")
+    def authorize() -> Any:
+        asked.append(time.monotonic())
+        return "", status
+
+    async with Servers() as servers:
+        options: dict[str, Any] = {"url": "memory://", "prefix": prefix, "secret": SECRET, "authorize": "/authorize"}
+        server = await servers.start(lambda: with_realtime(app, **options))
+        publisher = AsyncPublisher(**options)
+        poller = Poller(http, server.url + "/realtime")
+        await poller.poll("private-a", "b", wait=20)
+        await publisher.publish("private-a", 1)
+        status = 500
+        assert [frame["code"] for frame in await poller.poll("private-a", "b", wait=20)] == ["unavailable"]
+        assert [await poller.poll("private-a", "b", wait=20) for _ in range(3)] == [[], [], []]
+        assert min(later - before for before, later in pairwise(asked[-3:])) >= 300 * MS
+        await publisher.publish("b", 2)
+        assert [frame["data"] for frame in await poller.poll("private-a", "b", wait=20)] == [2]
+        status = 200
+        while not (frames := await poller.poll("private-a", "b", wait=20)):
+            pass
+        assert [(frame["type"], frame.get("data")) for frame in frames] == [("subscribed", None), ("message", 1)]
 
 
 async def test_nobody_has_no_connection(serve_realtime: Serve, http: httpx.AsyncClient) -> None:

@@ -26,14 +26,13 @@ from pubsub_mw.model import Position
 
 __all__ = ["Cursor"]
 
-_PASSING = ("unavailable", "busy", "grant_expired")
-"""Of these errors a poller is told each time: it may ask again."""
-_MARK = r"([A-Za-z0-9_-]{8})\.(-|[A-Za-z0-9_-]+\.[0-9]+\.[A-Za-z0-9_-]+)(?:\.([0-9a-f]{1,16}))?:"
+_REFUSED = "-"
+_MARK = r"([A-Za-z0-9_-]{8})\.(-|[A-Za-z0-9_-]+\.[0-9]+\.[A-Za-z0-9_-]+)(?:\.(-|[0-9a-f]{1,16}))?:"
 _MARKS = re.compile(f"(?:{_MARK})+")
 
 
 class _Mark(NamedTuple):
-    """What is known of one channel: `position`, or `-` = it was refused; `digest` of its members, "" = none."""
+    """What is known of one channel: `position`, `-` = none; `digest` of its members, "" = none, `_REFUSED` = it was."""
 
     position: str = "-"
     digest: str = ""
@@ -108,14 +107,14 @@ class Cursor:
         kind, channel = told["type"], told.get("channel", own)
         key = _key(channel)
         before = self._marks.get(key, _Mark())
-        if kind == "error" and "channel" in told and told["code"] not in _PASSING:
-            is_told = self._marks.get(key) == _Mark()
-            self._marks[key] = _Mark()
-            return not is_told
+        if kind == "error" and "channel" in told:
+            self._marks[key] = before._replace(digest=_REFUSED)
+            return before.digest != _REFUSED
         if "position" in told:
             self.move(channel, told["position"])
-        if "members" in told:
-            self._marks[key] = self._marks[key]._replace(digest=_digest("0", told["members"]))
+        if kind == "subscribed":
+            digest = _digest("0", told["members"]) if "members" in told else ""
+            self._marks[key] = self._marks[key]._replace(digest=digest)
         elif kind in ("join", "leave") and before.digest:
             self._marks[key] = before._replace(digest=_digest(before.digest, [told["member"]]))
         return kind != "subscribed" or told["recovered"] is not True or before != self._marks[key]

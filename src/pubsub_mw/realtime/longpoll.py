@@ -29,6 +29,10 @@ __all__ = ["answer_poll"]
 
 _WAIT_SECONDS = 25.0
 """Where the client does not say; under what proxies allow."""
+_PASSING = (ErrorCode.UNAVAILABLE, ErrorCode.BUSY, ErrorCode.GRANT_EXPIRED)
+_REFUSED_SECONDS = 2.0
+"""For which a poll is kept that knows already that a channel is refused for now, which is what these say: the next poll
+asks for it again."""
 
 
 async def answer_poll(scope: Scope, receive: Receive, shared: Shared, handshake: Handshake) -> bytes:
@@ -84,7 +88,10 @@ async def _collect(
         if not frame:
             break
         if unanswered and protocol.split_message(frame) is None:
-            unanswered.discard(orjson.loads(frame).get("channel", ""))
+            told = orjson.loads(frame)
+            unanswered.discard(told.get("channel", ""))
+            if told.get("code") in _PASSING:
+                deadline = min(deadline, asyncio.get_running_loop().time() + _REFUSED_SECONDS)
         if cursor.follow(frame, own):
             frames.append(frame)
             size += len(frame)
