@@ -99,9 +99,7 @@ class HttpLink:
             if self._told:
                 self._changed.set()
                 return self._told.popleft()
-            # A fresh grant that is on its way comes first: without it nothing can be read anew.
-            is_renewing = any(frame["type"] == "grant" for frame in self._unsent)
-            if self._is_stale and not is_renewing and self._token is not None and self._reading is not None:
+            if self._is_stale and not self._is_renewing and self._token is not None and self._reading is not None:
                 await asyncio.sleep(_SETTLE_SECONDS)
                 await self._read_anew()
             if self._arrived:
@@ -123,6 +121,11 @@ class HttpLink:
         """End the link, and wait until that is done."""
         self.abort()
         await asyncio.gather(*filter(None, (self._reading, self._writing)), return_exceptions=True)
+
+    @property
+    def _is_renewing(self) -> bool:
+        """Whether a fresh grant is on its way. It comes first: without it nothing can be read anew."""
+        return any(frame["type"] == "grant" for frame in self._unsent)
 
     async def _wait(self) -> None:
         self._changed.clear()
@@ -223,6 +226,9 @@ class HttpLink:
             places = [("cursor", answer["cursor"])]
             for frame in [*answer["frames"], {"type": "ping"}]:
                 await self._arrive(frame)
+            # One may say that the grant expired. Who takes it gets a fresh one, without which a poll would be refused.
+            while self._arrived or self._is_renewing:
+                await self._wait()
 
     async def _arrive(self, frame: Frame) -> None:
         self._token = frame.get("resume", self._token)
