@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pubsub_mw.client.ladder
 from pubsub_mw.client import Connection, connect
 from pubsub_mw.errors import ConnectFailed, ConnectionClosed, RequestFailed, SubscriptionRefused
 from tests.client.test_requests import Site
+from tests.client_world import Endpoint
 from tests.tools.clock import MS, eventually_async
 from tests.tools.http_proxy import HttpProxy
 
@@ -110,6 +112,26 @@ async def test_refusals_come_over_each(site: Site, proxy: HttpProxy, connection:
             pass
     assert caught.value.code == 3500
     assert site.runs == [""]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_channel_that_was_full_is_not_asked_for_again(prefix: str, transport: str) -> None:
+    async with Endpoint("memory://", prefix=prefix, secret="s" * 32, presence_size=1, presence_grace=0.3) as endpoint:
+        ann, bob = [await endpoint.grant(user=user, channels=["*"]) for user in ("ann", "bob")]
+        async with connect(endpoint.url, grant=bob, transports=[transport]) as connection:
+            heard = await connection.subscribe("b")
+            async with connect(endpoint.url, grant=ann) as other:
+                await other.subscribe("presence-a")
+                with pytest.raises(SubscriptionRefused) as refused:
+                    await connection.subscribe("presence-a")
+                assert refused.value.code == "busy"
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                await endpoint.publisher.publish("b", "polls go on")
+                await anext(heard)
+                users = [member["user"] for member in await endpoint.publisher.presence("presence-a")]
+                assert users in (["ann"], [])
+            assert users == []
 
 
 async def test_a_client_finds_the_way_that_delivers_and_loses_nothing_on_the_way_back(

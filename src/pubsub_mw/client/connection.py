@@ -434,6 +434,8 @@ class Connection:
             await self._channels.refuse(frame["channel"], code, message)
             if code in PASSING:
                 self._settle_later()
+            elif self.transport == "longpoll":  # where each poll asks for all of its channels
+                await self._send({"type": "unsubscribe", "channel": frame["channel"]})
         elif code == ErrorCode.GRANT_EXPIRED and "id" not in frame and callable(self._grant) and not self._is_renewing:
             self._is_renewing = True
             await self._send({"type": "grant", "grant": await self._fetch_grant()})
