@@ -197,6 +197,32 @@ describe("a poll", () => {
     assert.deepEqual(asked[3].query.getAll("channel"), ["a"]);
   });
 
+  test("waits for the fresh grant, for which the function is called once", async (t) => {
+    const answers = [];
+    let calls = 0;
+    const grant = () => (calls++ ? new Promise((resolve) => answers.push(resolve)) : "first");
+    const callback = spy();
+    const listen = (realtime) => realtime.subscribe("a", callback);
+    const { clock, asked, realtime, reading } = await greeted(t, "longpoll", listen, { grant });
+    const expired = { type: "error", code: "grant_expired", message: "" };
+    reading.answer({ frames: [subscribed("a", "e.0.t"), message("a", "e.1.t"), expired], cursor: "so far" });
+    await until(() => answers.length);
+    realtime.subscribe("b", spy());
+    await clock.pass(1);
+    assert.equal(asked.length, 2);
+    answers[0]("fresh");
+    await until(() => asked.length > 2);
+    await clock.pass(1);
+    assert.deepEqual([asked.length, asked[2].frames], [3, [{ type: "grant", grant: "fresh" }]]);
+    asked[2].answer({ frames: [{ type: "accepted", resume: "token-2" }] });
+    await until(() => asked.length > 3);
+    await clock.pass(1);
+    assert.deepEqual([asked.length, asked[3].path, asked[3].token], [4, "/realtime/poll", "Bearer token-2"]);
+    assert.deepEqual(asked[3].query.getAll("channel"), ["a", "b"]);
+    assert.deepEqual(asked[3].query.getAll("position"), ["e.1.t", ""]);
+    assert.deepEqual([calls, realtime.state, callback.calls.length], [2, "connected", 1]);
+  });
+
   test("whose url is too long for a proxy is told, by a short message", async (t) => {
     const onError = spy();
     const { realtime, reading } = await greeted(t, "longpoll", (realtime) => realtime.subscribe("a", spy()));
@@ -261,7 +287,7 @@ describe("what is sent by POST", () => {
     await until(() => asked.length > 2);
     asked[2].answer({ frames: [{ type: "accepted", id: "1" }] });
     reading.answer({ frames: [{ type: "error", code: "grant_expired", message: "" }], cursor: "" });
-    await until(() => asked.length > 4);
+    await until(() => asked.length > 3);
     asked.find(({ frames }) => frames?.[0].type === "grant").answer({}, 413);
     await fetched;
     await settled();

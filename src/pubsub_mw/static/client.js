@@ -44,7 +44,8 @@ function endpoint(path) {
 }
 
 /**
- * What a transport calls, until `close()`. `positions()`: of what the server is asked for from now on.
+ * What a transport calls, until `close()`. `positions()`: of what the server is asked for from now on; `wait()`: seconds
+ * that a poll may last; < 0: nothing can be opened anew, until a fresh grant is accepted.
  *
  * @typedef {{ onOpen(): void, onFrame(frame: any): void, onEnd(code: number, message: string): void,
  *   positions(): Map<string, string | null>, resume(): string | undefined, wait(): number }} Calls
@@ -96,14 +97,15 @@ function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
     if (frames?.[0].type !== "connect") headers.set("authorization", `Bearer ${resume()}`);
     const init = frames && { method: "POST", body: JSON.stringify({ transport, frames }) };
     const response = await fetch(url + path, { ...init, headers, signal });
-    const { ok, status } = response;
-    if (ok) return response;
+    if (response.ok) return response;
+    const { status } = response;
     throw { status, message: `${path.split("?")[0]}: ${status}` };
   }
 
   async function read() {
     clearTimeout(restartTimer);
     restartTimer = 0;
+    if (wait() < 0) return;
     reading.abort();
     reading = new AbortController();
     const { signal } = reading;
@@ -115,14 +117,14 @@ function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
       channels += `&channel=${encodeURIComponent(name)}`;
       places += `&position=${position ?? ""}`;
     }
-    for (let seconds = wait(); ; ) {
+    for (let seconds = wait(); wait() >= 0; ) {
       try {
         const path = transport === "sse" ? "events?frames=1" : `poll?wait=${seconds}`;
         const response = await ask(path + channels + places, signal);
         if (transport === "sse") await readEvents(response, take);
         const answer = await response.json();
         places = `&cursor=${answer.cursor}`;
-        for (const frame of [...answer.frames, { type: "ping" }]) take(frame);
+        for (const frame of [{ type: "ping" }, ...answer.frames]) take(frame);
       } catch (/** @type {any} */ { status, message }) {
         if (status === 414) take({ type: "error", code: status, message });
         if (signal.aborted) return;
@@ -158,7 +160,8 @@ function openHttp(url, { onFrame, onEnd, positions, resume, wait }, transport) {
     if (isGreeting && frame.type === "error") return onEnd(REFUSALS[frame.code] ?? 3005, frame.message);
     // Connected is who gets something.
     onFrame(isGreeting && transport === "sse" ? { ...frame, type: "accepted" } : { ...frame, isAside: true });
-    if (isGreeting && !sending.signal.aborted) read();
+    // A stream goes on when the grant is renewed; polls ended, to begin with the fresh one.
+    if (frame.resume && (isGreeting || transport !== "sse") && !sending.signal.aborted) read();
   }
 
   return {
@@ -202,8 +205,7 @@ async function encodeRequest(id, request, maxBytes) {
   const token = /(?:^|;\s)csrftoken=([^;]+)/.exec(globalThis.document?.cookie)?.[1]; // Django's names
   if (token && /^[PD]/.test(method) && !headers.has("x-csrftoken")) headers.set("x-csrftoken", token);
   const body = encodeBody(new Uint8Array(await request.arrayBuffer()));
-  const path = pathname + search;
-  const frame = { type: "request", id, method, path, headers: Object.fromEntries(headers), ...body };
+  const frame = { type: "request", id, method, path: pathname + search, headers: Object.fromEntries(headers), ...body };
   if (new Blob([JSON.stringify(frame)]).size <= maxBytes) return frame;
   throw failure("too_large", "over maxFrameBytes: use window.fetch");
 }
@@ -359,7 +361,7 @@ export function connect(url, options = {}) {
    * @param {(code: number, message: string) => void} onEnd
    */
   function make(name, onOpen, onFrame, onEnd) {
-    const calls = { onOpen, onFrame, onEnd, positions, resume: () => resume, wait: () => pingSeconds };
+    const calls = { onOpen, onFrame, onEnd, positions, resume: () => resume, wait: () => (isRenewing ? -1 : pingSeconds) };
     return name === "websocket" ? openWebSocket(address, calls, WebSocket) : openHttp(address, calls, name);
   }
 
@@ -481,18 +483,15 @@ export function connect(url, options = {}) {
       settleAll();
     },
 
-    connected({ connection, user, resume: token }) {
+    connected(frame) {
+      const { connection, user } = frame;
       const before = realtime.connection;
       if (before !== connection) abandon("the connection was lost");
-      resume = token;
-      realtime.connection = connection;
-      realtime.user = user;
-      realtime.transport = ladder[level];
+      Object.assign(realtime, { connection, user, transport: ladder[level] });
       remember(address, ladder[level]);
       if (level && realtime.state !== "connected") climbLater();
       become("connected");
-      isRenewing = false;
-      settleAll();
+      pushes.accepted(frame);
       if (before && before !== connection) forget(before);
     },
 
@@ -557,7 +556,7 @@ export function connect(url, options = {}) {
         isRenewing = true;
         withGrant((grant) => {
           transport?.send({ type: "grant", grant });
-          if (!transport?.restart) settleAll();
+          settleAll();
         });
       } else fail(frame);
     },
@@ -632,7 +631,7 @@ export function connect(url, options = {}) {
     const held = asked.get(name);
     if (realtime.state !== "connected") return;
     if (transport?.restart) {
-      if (!isRenewing && held?.channel !== channel) transport.restart();
+      if (held?.channel !== channel) transport.restart();
     } else if (channel && !held) {
       asked.set(name, { channel });
       transport?.send({ type: "subscribe", channel: name, position: channel.position ?? undefined });
