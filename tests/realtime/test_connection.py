@@ -449,6 +449,24 @@ async def test_somebody_elses_grant_is_refused(server: Server) -> None:
     assert client.connection.user == "7"
 
 
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda: grant("7", expires=-1), "grant_expired"),
+        (lambda: grant("7", secret=SECRET * 2), "grant_invalid"),
+        (lambda: grant("8"), "grant_invalid"),
+    ],
+    ids=["expired", "forged", "somebody else's"],
+)
+async def test_a_subscription_refused_for_its_grant_names_the_channel(
+    server: Server, make: Callable[[], str], code: str
+) -> None:
+    client = await server.connected(grant=grant("7"))
+    await client.send({"type": "subscribe", "channel": "private-a", "grant": make()})
+    error = await client.recv("error")
+    assert (error["code"], error.get("channel")) == (code, "private-a")
+
+
 async def test_a_connection_whose_user_becomes_known_hears_the_users_channel(server: Server) -> None:
     client = await server.connected()
     await client.send({"type": "grant", "grant": grant("7")})

@@ -278,7 +278,7 @@ class Connection:
                 raise FrameError(ErrorCode.CONNECT_FIRST, "the first frame must be connect")
             if isinstance(command, protocol.Subscribe):
                 if command.grant is not None:
-                    return self._answer(self._subscribe_with(command.grant, command))
+                    return self._answer(self._subscribe_with(command.grant, command), command.channel[:200])
                 self._subscribe(command.channel, command.position)
             elif isinstance(command, protocol.Unsubscribe):
                 self._unsubscribe(command.channel)
@@ -294,10 +294,11 @@ class Connection:
             self._refuse(error)
         return None
 
-    async def _answer(self, rest: Coroutine[Any, Any, None]) -> None:
+    async def _answer(self, rest: Coroutine[Any, Any, None], channel: str | None = None) -> None:
         try:
             await rest
         except FrameError as error:
+            error.channel = error.channel or channel
             self._refuse(error)
 
     def _refuse(self, error: FrameError) -> None:
