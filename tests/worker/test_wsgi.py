@@ -136,6 +136,13 @@ def test_an_app_against_pep_3333_is_answered_as_one_that_failed(app: Any) -> Non
     assert run(app) == [("end", "the application failed")]
 
 
+@pytest.mark.parametrize("text", ["text", 7])
+def test_what_is_no_bytes_among_the_chunks_ends_the_answer(text: Any) -> None:
+    assert run(app_of(iter([text])))[-1] == ("end", "the application failed")
+    told = run(app_of(iter([b"a", text, b"b"])))
+    assert told[1:] == [("chunk", b"a"), ("end", "the application failed")]
+
+
 def test_an_error_in_close_spoils_no_answer(caplog: pytest.LogCaptureFixture) -> None:
     class Bad(Body):
         def close(self) -> None:

@@ -73,7 +73,7 @@ def run_wsgi(
                 sink.end("cancelled")
                 return
             if chunk:
-                sink.chunk(chunk)
+                sink.chunk(b"".join([chunk]))  # as it is, or a TypeError here: text cannot be sent
                 pace()
         if not start:
             raise AssertionError("the app returned without calling start_response")
