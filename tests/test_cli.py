@@ -419,8 +419,10 @@ def test_what_is_published_is_shown_by_tail_at_the_broker_and_through_a_server(
         run("publish", "private-1", "no JSON", env=env).stdout,
         run("publish", "room:1", "42", "--text", env=env).stdout,
         run("publish", "room:1", "-", stdin="[1]\n", env=env).stdout,
+        run("publish", "room:1", "NaN", env=env).stdout,
     ]
-    expected = [("private-1", "no JSON"), ("room:1", "42"), ("room:1", [1]), ("room:1", {"text": "日本"})]
+    said = ("room:1", {"text": "日本"})
+    expected = [("private-1", "no JSON"), ("room:1", "42"), ("room:1", "NaN"), ("room:1", [1]), said]
     for tail in tails:
         eventually(lambda tail=tail: sorted(printed(tail), key=str) == expected)  # type: ignore[misc]
         assert all(position.strip() in tail.log for position in positions)

@@ -8,6 +8,7 @@ Never:  shows a traceback for what the user can mend; puts a secret on the scree
 """
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -255,10 +256,8 @@ def publish(
     content = sys.stdin.read() if data == "-" else data
     value: object = content
     if not text:
-        try:
-            value = json.loads(content)
-        except ValueError:
-            value = content
+        with contextlib.suppress(ValueError):
+            value = json.loads(content, parse_constant=int)  # NaN and Infinity, which are none, are text too
     position = Publisher().publish(
         channel, value, event=event, idempotency_key=idempotency_key, history=False if no_history else None
     )
