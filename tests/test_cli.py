@@ -213,6 +213,12 @@ def test_wrong_use_is_one_sentence_that_says_what_to_do(args: list[str], words: 
     assert_one_sentence(run(*args, cwd=folder), *words)
 
 
+@pytest.mark.parametrize("command", ["doctor", "realtime --url redis://127.0.0.1:1/0"])
+def test_a_public_key_that_is_none_is_one_sentence(command: str) -> None:
+    done = run(*command.split(), env={"PUBSUB_GRANT_PUBLIC_KEY": "no PEM"})
+    assert_one_sentence(done, "grant_public_key", "PEM")
+
+
 def test_every_command_helps() -> None:
     for name, command in main.commands.items():
         shown = CliRunner().invoke(main, [name, "--help"])

@@ -38,6 +38,7 @@ from pubsub_mw.asgi import for_worker, with_realtime
 from pubsub_mw.broker.engines import open_async_broker
 from pubsub_mw.client import Connection, Gap, connect
 from pubsub_mw.errors import PubSubError
+from pubsub_mw.grants import GrantVerifier
 from pubsub_mw.model import ConnectionId, Position, check_channel
 from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime.hub import Hub
@@ -388,7 +389,9 @@ def _prepare(url: str | None, drain: float | None = None) -> Settings:
         os.environ["PUBSUB_URL"] = url
     if drain is not None:
         os.environ["PUBSUB_DRAIN"] = str(drain)
-    return Settings.build()
+    settings = Settings.build()
+    GrantVerifier("", settings.grant_public_key)
+    return settings
 
 
 def serving() -> Callable[..., Awaitable[None]]:

@@ -310,6 +310,8 @@ def test_a_wrong_setting_is_told_at_once() -> None:
         Realtime("memory://", max_chanels=1)
     with pytest.raises(SettingsError):
         Realtime("memory://", max_channels=0)
+    with pytest.raises(SettingsError, match="grant_public_key"):
+        Realtime("memory://", grant_public_key="no PEM")
 
 
 async def test_a_server_stops_though_its_link_to_the_broker_fails_at_that_moment(prefix: str) -> None:

@@ -31,6 +31,7 @@ from starlette.websockets import WebSocket
 from pubsub_mw.broker.engines import expect_endpoint, load_engine, open_async_broker
 from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
+from pubsub_mw.grants import GrantVerifier
 from pubsub_mw.model import Handshake
 from pubsub_mw.publisher import AsyncPublisher, warn_of_secret
 from pubsub_mw.realtime.connection import Shared
@@ -67,6 +68,7 @@ class Realtime(Starlette):
     def __init__(self, url: str | None = None, **settings: Any) -> None:
         self.settings = Settings.build(url, **settings)
         load_engine(self.settings)
+        GrantVerifier("", self.settings.grant_public_key)  # a wrong key shows now
         expect_endpoint(self.settings)
         self._running: _Running | None = None
         self._starting = asyncio.Lock()
