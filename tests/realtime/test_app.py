@@ -295,6 +295,22 @@ async def test_without_a_secret_and_without_redis_connections_are_refused_until_
     assert "PUBSUB_SECRET is not set" in caplog.text
 
 
+async def test_a_secret_that_redis_lost_is_put_back(serve_app: Serve, own_redis: RedisServer, prefix: str) -> None:
+    realtime = await asyncio.to_thread(Realtime, own_redis.url, prefix=prefix, probe_interval=50 * MS)
+    await serve_app(realtime)
+    await realtime.start()
+    secret = own_redis.cli("GET", f"{prefix}:secret")
+    assert secret
+
+    async def is_kept() -> bool:
+        return bool(own_redis.cli("GET", f"{prefix}:secret") == secret)
+
+    await asyncio.to_thread(own_redis.restart)
+    await eventually_async(is_kept)
+    own_redis.cli("FLUSHALL")
+    await eventually_async(is_kept)
+
+
 async def test_a_port_with_no_redis_behind_it_refuses_no_process(serve_app: Serve, prefix: str) -> None:
     url = f"redis://127.0.0.1:{free_port()}/0"
     site = await serve_app(

@@ -42,6 +42,7 @@ class AsyncRedisBroker:
         new_connection(settings)  # a malformed url shows now
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
+        self._keeping: list[tuple[str, ...]] = []  # goes along with each probe
 
     async def publish(self, drafts: Sequence[Draft]) -> list[Position]:
         """Publish all of `drafts` in one round trip, in order; see `Broker.publish`."""
@@ -72,13 +73,18 @@ class AsyncRedisBroker:
             return error
 
     async def secret(self) -> str:
-        """Return the secret kept under `<prefix>:secret`, made if there is none."""
+        """Return the secret kept under `<prefix>:secret`, made if there is none.
+
+        From then on it is put back if Redis loses it: else what starts later would make another, and refuse what was
+        signed with this one.
+        """
         key = self._scripts.keyspace.secret
         _, secret = await self._run(
             lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)], self._settings.broker_timeout
         )
         if not isinstance(secret, bytes):
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {secret}")
+        self._keeping = [("SET", key, secret.decode(), "NX")]
         return secret.decode()
 
     async def revoke(self, identity: str, subject: str, at: float, news: Draft) -> None:
@@ -164,7 +170,7 @@ class AsyncRedisBroker:
 
     async def command(self, *arguments: str | bytes) -> Any:
         """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""
-        (reply,) = await self._run(lambda _: [arguments], self._settings.broker_timeout)
+        reply, *_ = await self._run(lambda _: [arguments, *self._keeping], self._settings.broker_timeout)
         if isinstance(reply, redis.RedisError):
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
         return reply
