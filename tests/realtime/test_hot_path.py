@@ -131,8 +131,8 @@ async def test_sixty_four_that_wait_cost_no_more_calls_per_subscriber_than_one()
 async def test_a_thousand_channels_cost_so_many_calls_each() -> None:
     calls, peak = cost(World(channels=1_000, subscribers=1))
     assert CountingQueue.puts == 1_000
-    assert calls <= 1_000 * 11 + 50, "without the header of its WebSocket frame, which its socket makes"
-    assert peak <= 1_000 * 700 + 2_500, "what one read has brought"
+    assert calls <= 1_000 * 7 + 50, "without the header of its WebSocket frame, which its socket makes"
+    assert peak <= 1_000 * 740 + 2_500, "what one read has brought, and the frames made of it"
 
 
 async def test_what_a_websocket_gets_is_made_once_for_all() -> None:

@@ -143,11 +143,12 @@ class Track:
 
     def step(self, payload: bytes) -> bytes:
         """Advance over one that is exactly the next and for everybody, and return its frame; else b""."""
+        header, _, frame = payload.partition(b"\n")
         try:
-            previous, position, exclude, reply, frame = split(payload)
+            previous, position, end = header.split(b" ", 2)
         except ValueError:
             return b""
-        if previous != self._at or exclude or reply:
+        if previous != self._at or end != b" ":
             return b""
         self._at, self._position, self._from_history = position, None, None
         return frame

@@ -16,6 +16,7 @@ without saying so, and breaks when one task subscribes while another reads (redi
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import random
@@ -101,12 +102,13 @@ class _Link(asyncio.Protocol):
         except Exception as problem:  # noqa: BLE001 - whatever it is, the owner of the link sees it
             self.end(problem)
 
-    def _replies(self, data: bytes) -> Iterator[Any]:
-        feed, next_reply = self._reader.feed, self._reader.gets
-        for start in range(0, len(data), _FEED_BYTES):
-            feed(data[start : start + _FEED_BYTES])
-            while (reply := next_reply()) is not False:
-                yield reply
+    def _replies(self, data: bytes) -> Iterable[Any]:
+        pieces = [data[start : start + _FEED_BYTES] for start in range(0, len(data), _FEED_BYTES)]
+        return itertools.chain.from_iterable(map(self._parse, pieces))
+
+    def _parse(self, piece: bytes) -> Iterator[Any]:
+        self._reader.feed(piece)
+        return iter(self._reader.gets, False)
 
     def pause_writing(self) -> None:
         self.is_writable.clear()
@@ -253,16 +255,16 @@ class RedisSubscriber(Generic[Key]):
         keys, listener = self._keys, self._listener
         arrived: dict[Key, list[bytes]] = {}
         for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply  # Redis refuses, as where a user may not subscribe
-            kind, name, payload = reply
+            try:
+                kind, name, payload = reply
+            except TypeError:
+                raise reply from None  # Redis refuses, as where a user may not subscribe
             key = keys.get(name)
-            if kind == b"message" and key is not None and not payload.startswith(b"!"):
-                waiting = arrived.get(key)
-                if waiting is None:
-                    arrived[key] = [payload]
+            if key is not None and kind == b"message" and payload[:1] != b"!":
+                if key in arrived:
+                    arrived[key].append(payload)
                 else:
-                    waiting.append(payload)
+                    arrived[key] = [payload]
                 continue
             if key is None:
                 if name == self._probe_channel and kind == b"message":
