@@ -989,3 +989,22 @@ async def test_lanes_that_many_connections_wait_in_are_all_found(redis_world: Wo
     await asyncio.to_thread(eventually, all_came, LEASE + 3_000 * MS)
     assert {decode_request(item.payload, KEY).connection for item in found} == set(connections)
     assert set(ids(found)) == {"2"}
+
+
+async def test_it_tells_how_many_are_ready_run_and_wait(world: World) -> None:
+    async def counts() -> tuple[int, int, int]:
+        told = await world.broker.queue_counts()
+        return told["ready"], told["running"], told["waiting"]
+
+    assert await counts() == (0, 0, 0), "before there was any worker"
+    for number in range(3):
+        await world.accept(f"{number}", is_ordered=True)
+    await world.accept("beside them")
+    assert await counts() == (2, 0, 2)
+    queue = world.queue()
+    taken = await asyncio.to_thread(queue.take, 10, NOW)
+    assert await counts() == (0, 2, 2)
+    for item in taken:
+        if item.lane:
+            await asyncio.to_thread(queue.settle, [], [item])
+    assert await counts() == (1, 1, 1)

@@ -322,6 +322,14 @@ class AsyncBroker(Protocol):
     async def withdraw(self, connection: ConnectionId, request_id: str) -> None:
         """Take a request out of the queue that still waits for others, after it was answered without a worker."""
 
+    async def queue_counts(self) -> dict[str, int]:
+        """Count the requests in the queue, in one round trip that costs Redis no more when there are many.
+
+        Returns:
+            `ready`: for the next worker that is free; `running`: a worker has taken them; `waiting`: for those of
+            their connection before them.
+        """
+
     async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
         """Change who is on several channels, or ask, in one round trip, in order.
 

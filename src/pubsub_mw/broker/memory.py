@@ -246,6 +246,10 @@ class MemoryBroker:
         with self._lock:
             self.requests.withdraw(connection, request_id)
 
+    def queue_counts(self) -> dict[str, int]:
+        with self._lock:
+            return self.requests.counts()
+
     def queue(self, worker: str) -> "MemoryBroker":  # noqa: ARG002 - who is in the same process needs no name
         return self
 
@@ -515,6 +519,9 @@ class AsyncMemoryBroker:
 
     async def withdraw(self, connection: ConnectionId, request_id: str) -> None:
         self._broker.withdraw(connection, request_id)
+
+    async def queue_counts(self) -> dict[str, int]:
+        return self._broker.queue_counts()
 
     async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
         return [self._broker.change_presence(call) for call in calls]

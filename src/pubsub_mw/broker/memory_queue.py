@@ -156,6 +156,11 @@ class MemoryRequests:
         now = time.monotonic()
         return [self._cancelled.get((request.connection, request.id), 0.0) > now for request in requests]
 
+    def counts(self) -> dict[str, int]:
+        now = time.monotonic()
+        running = sum(request.taken_until > now for request in self.stored.values())
+        return {"ready": len(self.stored) - running, "running": running, "waiting": self._waiting}
+
     def sweep(self, now: float) -> None:
         """Forget claims and cancellations that are over."""
         self._claims = {claim: expires for claim, expires in self._claims.items() if expires > now}

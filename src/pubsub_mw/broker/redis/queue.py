@@ -18,9 +18,10 @@ from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Draft, Request
 from pubsub_mw.settings import Settings
 
-__all__ = ["RedisQueue"]
+__all__ = ["GROUP", "RedisQueue"]
 
-_GROUP = "workers"
+GROUP = "workers"
+"""The consumer group of all workers."""
 _DEAD_SIZE = 1_000
 """Requests kept that were set aside; the oldest go first."""
 _LANES_PER_CALL = 500
@@ -58,7 +59,7 @@ class RedisQueue:
     def _make_group(self) -> None:
         """Make the group: for the first worker ever, or the first after Redis lost its data."""
         try:
-            self._link.run(lambda _: [("XGROUP", "CREATE", self._stream, _GROUP, "0", "MKSTREAM")])
+            self._link.run(lambda _: [("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")])
         except BrokerUnavailable as error:
             if "BUSYGROUP" not in str(error):  # else another worker was first
                 raise
@@ -67,7 +68,7 @@ class RedisQueue:
         if time.monotonic() >= self._reclaim_at:
             lease = self._settings.lease
             self._reclaim_at = time.monotonic() + min(1.0, lease / 2)
-            reclaim, sweep = self._scripts.reclaim(_GROUP, self._worker, lease, limit), self._sweep
+            reclaim, sweep = self._scripts.reclaim(GROUP, self._worker, lease, limit), self._sweep
             now, found, lanes = self._link.run(lambda _: [("TIME",), reclaim, sweep])
             while lanes >= _LANES_PER_CALL:
                 (lanes,) = self._link.run(lambda _: [sweep])
@@ -78,7 +79,7 @@ class RedisQueue:
                 return [_taken(entry, fields, at, int(count)) for entry, count, fields in found]
         block = max(1, round(wait * 1_000))
         read = (
-            *("XREADGROUP", "GROUP", _GROUP, self._worker, "COUNT", limit, "BLOCK", block),
+            *("XREADGROUP", "GROUP", GROUP, self._worker, "COUNT", limit, "BLOCK", block),
             *("STREAMS", self._stream, ">"),
         )
         now, found = self._link.run(lambda _: [("TIME",), read], wait=wait)
@@ -90,7 +91,7 @@ class RedisQueue:
         """Renew leases, claims, and what makes an answer show once; see `RequestQueue.renew`."""
         if not running:
             return []
-        calls: list[tuple[Any, ...]] = [("XCLAIM", self._stream, _GROUP, self._worker, 0, *running, "JUSTID")]
+        calls: list[tuple[Any, ...]] = [("XCLAIM", self._stream, GROUP, self._worker, 0, *running, "JUSTID")]
         for request in running.values():
             calls.append(("PEXPIRE", self._keyspace.claim(request.connection, request.id), self._claim_ttl))
             for key in (answer_key(request.id), part_key(request.id)):
@@ -102,7 +103,7 @@ class RedisQueue:
     def give_back(self, taken: Sequence[Taken]) -> None:
         """Let others take what was not begun; see `RequestQueue.give_back`."""
         if taken:
-            self._link.run(lambda _: [self._scripts.give_back(_GROUP, self._worker, self._settings.lease, taken)])
+            self._link.run(lambda _: [self._scripts.give_back(GROUP, self._worker, self._settings.lease, taken)])
             self._reclaim_at = 0.0  # if nobody else is there to take it, this worker need not wait
 
     def settle(self, drafts: Sequence[Draft], done: Sequence[Taken]) -> None:
@@ -110,7 +111,7 @@ class RedisQueue:
 
         def build(is_retry: bool) -> list[Call]:
             calls = self._scripts.publish(drafts, is_retry=is_retry)
-            return [*calls, self._scripts.settle(_GROUP, done)] if done else calls
+            return [*calls, self._scripts.settle(GROUP, done)] if done else calls
 
         self._link.run(build)
 
@@ -119,7 +120,7 @@ class RedisQueue:
         need not be able to use them."""
         note = ("XADD", self._keyspace.dead, "MAXLEN", "~", _DEAD_SIZE, "*", "entry", taken.entry)
         count = ("deliveries", taken.delivery_count, "bytes", len(taken.payload))
-        self._link.run(lambda _: [(*note, *count), self._scripts.settle(_GROUP, [taken])])
+        self._link.run(lambda _: [(*note, *count), self._scripts.settle(GROUP, [taken])])
 
     def cancelled(self, requests: Sequence[Request]) -> list[bool]:
         """Tell which were cancelled; see `RequestQueue.cancelled`."""
@@ -147,9 +148,9 @@ class RedisQueue:
     def leave(self) -> None:
         """Take the worker out of the group, if that drops nothing that waits for another one to take it over."""
         try:
-            (pending,) = self._link.run(lambda _: [("XPENDING", self._stream, _GROUP, "-", "+", 1, self._worker)])
+            (pending,) = self._link.run(lambda _: [("XPENDING", self._stream, GROUP, "-", "+", 1, self._worker)])
             if not pending:
-                self._link.run(lambda _: [("XGROUP", "DELCONSUMER", self._stream, _GROUP, self._worker)])
+                self._link.run(lambda _: [("XGROUP", "DELCONSUMER", self._stream, GROUP, self._worker)])
         except BrokerUnavailable as error:
             if "NOGROUP" not in str(error):
                 raise

@@ -17,6 +17,7 @@ from redis.asyncio.connection import Connection
 
 from pubsub_mw.broker.interface import Acceptance, Accepted, Key, Listener, Offer, answer_key
 from pubsub_mw.broker.presence import PresenceCall, Present
+from pubsub_mw.broker.redis.queue import GROUP
 from pubsub_mw.broker.redis.scripts import Call, Scripts, pack
 from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
 from pubsub_mw.errors import BrokerUnavailable
@@ -167,6 +168,17 @@ class AsyncRedisBroker:
     async def withdraw(self, connection: ConnectionId, request_id: str) -> None:
         """Take a request out that was answered without a worker; see `AsyncBroker.withdraw`."""
         await self._call(self._scripts.cancel(connection, request_id, is_answered=True))
+
+    async def queue_counts(self) -> dict[str, int]:
+        """Count the requests in the queue; see `AsyncBroker.queue_counts`."""
+        stored, waiting, *_ = self._scripts.keyspace.lanes
+        calls = [("XLEN", stored), ("XLEN", waiting), ("XPENDING", stored, GROUP)]
+        *sizes, pending = await self._run(lambda _: calls, self._settings.broker_timeout)
+        for reply in sizes:
+            if isinstance(reply, redis.RedisError):
+                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+        running = pending[0] if isinstance(pending, list) else 0  # before the first worker there is no group
+        return {"ready": max(0, sizes[0] - running), "running": running, "waiting": sizes[1]}
 
     async def command(self, *arguments: str | bytes) -> Any:
         """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""
