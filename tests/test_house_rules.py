@@ -18,9 +18,10 @@ from pubsub_mw.settings import Settings
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "pubsub_mw"
 
-# Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them.
+# Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them. The
+# last 215 are for metrics: what counts, what tells it, and how one process tells of all.
 LONGEST_FILE_LINES = 350
-ALL_LINES = 10_700
+ALL_LINES = 10_915
 
 # Files that may be longer, each with what it would cost to cut it.
 LONGER: dict[str, str] = {

@@ -60,6 +60,7 @@ ORDER = [
     "realtime/send.py",
     "realtime/publish.py",
     "realtime/script.py",
+    "realtime/metrics.py",
     "realtime/uvicorn_protocol.py",
     "realtime/app.py",
     "realtime/__init__.py",
@@ -94,6 +95,7 @@ DOORS = ("middleware.py", "realtime/", "worker/")
 PLACES: dict[str, tuple[str, ...]] = {
     "redis": ("broker/redis/",),
     "starlette": ("realtime/", "asgi.py"),
+    "prometheus_client": ("realtime/metrics.py",),
     "flask": (),
     "django": (),
 }

@@ -23,6 +23,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from pubsub_mw.grants import GrantVerifier
 from pubsub_mw.model import ConnectionId, Position, check_channel
 from pubsub_mw.publisher import Publisher
 from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.metrics import SIBLINGS_VARIABLE
 from pubsub_mw.realtime.send_queue import SendQueue
 from pubsub_mw.realtime.socket import USER_TIMEOUT_MS
 from pubsub_mw.realtime.subscription import Subscription
@@ -368,7 +370,12 @@ def doctor(url: str | None) -> None:
 
 
 def _variables() -> list[str]:
-    return ["PUBSUB_GRANT", _APP_VARIABLE, *(f"PUBSUB_{knob.name.upper()}" for knob in dataclasses.fields(Settings))]
+    return [
+        "PUBSUB_GRANT",
+        _APP_VARIABLE,
+        SIBLINGS_VARIABLE,
+        *(f"PUBSUB_{knob.name.upper()}" for knob in dataclasses.fields(Settings)),
+    ]
 
 
 def _unknown_variables() -> Iterator[tuple[str, str]]:
@@ -429,7 +436,9 @@ def _run(
     if reload:
         ChangeReload(config, target=server.run, sockets=sockets).run()
     elif workers > 1:
-        Multiprocess(config, sockets=sockets).run()
+        with tempfile.TemporaryDirectory(prefix="pubsub-mw-") as directory:
+            os.environ[SIBLINGS_VARIABLE] = directory
+            Multiprocess(config, sockets=sockets).run()
     else:
         # uvicorn dies of the signal once more when it has stopped in good order; with --workers it does not.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())

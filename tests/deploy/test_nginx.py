@@ -62,8 +62,13 @@ async def test_a_page_of_another_origin_is_refused(deployment: Deployment, raw_c
 
 async def test_metrics_are_not_for_visitors(deployment: Deployment) -> None:
     async with deployment.client() as client:
-        assert (await client.get("/realtime/metrics")).status_code == 404
+        for path in ("metrics", "metrics?a=b", "%6detrics", "./metrics", "/metrics"):
+            answer = await client.get(httpx.URL(f"{deployment.nginx.url}/realtime/{path}"))
+            assert (answer.status_code, "pubsub_" in answer.text) == (404, False), path
         assert (await client.get("/realtime/health")).status_code == 200
+    async with httpx.AsyncClient(trust_env=False) as monitoring:
+        for server in deployment.servers:
+            assert "pubsub_connections" in (await monitoring.get(f"{server.url}/realtime/metrics")).text
 
 
 async def test_the_browsers_client_comes_compressed(deployment: Deployment) -> None:

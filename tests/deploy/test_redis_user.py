@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 
+import httpx
 import pytest
 
 from tests.deploy.conftest import Deployment
@@ -45,6 +46,9 @@ async def test_what_the_documentation_lets_a_redis_user_do_is_enough(
     await client.send({"type": "request", "id": "1", "method": "GET", "path": "/seen"})
     await eventually_async(lambda: client.messages("room") == ["kept once", "by the client"])
     assert (await client.recv("response"))["status"] == 200
+    async with httpx.AsyncClient(trust_env=False) as monitoring:
+        told = await monitoring.get(f"{deployment.servers[0].url}/realtime/metrics")
+        assert 'pubsub_queue_requests{state="running"}' in told.text, "who may not count them tells nothing of them"
     present = await asyncio.to_thread(deployment.publisher.presence, "presence-room")
     assert [member["user"] for member in present] == ["7"]
     await asyncio.to_thread(partial(deployment.publisher.disconnect, user="7"))

@@ -498,6 +498,8 @@ async def test_a_request_that_nobody_takes_is_answered_504_on_its_channel_and_th
     assert orjson.loads(page.frame)["status"] == 504
     assert page.reply == ".a"
     assert "Is `pubsub-mw worker` running?" in caplog.text
+    await eventually_async(lambda: world.gate.timed_out == 1)
+    assert (world.gate.accepted, world.gate.answered) == (1, 0)
 
 
 async def pages(world: World) -> tuple[Any, ...]:
@@ -657,3 +659,25 @@ async def test_requests_that_come_together_are_stored_in_few_round_trips_and_in_
 def test_requests_are_signed_with_a_key_made_of_the_secret() -> None:
     assert queue_key(SECRET) != queue_key(SECRET + "!")
     assert SECRET.encode() not in queue_key(SECRET)
+
+
+# What is counted.
+
+
+async def test_each_request_is_counted_once_as_accepted_or_refused_and_as_answered(open_world: Open) -> None:
+    world = open_world(request_backlog=1, requests="/a*")
+    gate = world.gate
+    for id in ("runs", "waits", "too many"):  # noqa: A001
+        world.put(id, path="/a")
+    assert (await world.told())[0]["code"] == ErrorCode.BUSY
+    with pytest.raises(FrameError):
+        world.put("elsewhere", path="/b")
+    world.put("runs", path="/a")  # a resend
+    await world.is_idle()
+    assert (gate.accepted, dict(gate.refused)) == (2, {ErrorCode.BUSY: 1, ErrorCode.FORBIDDEN: 1})
+    await world.taken(1)
+    world.requests.cancel("waits")
+    await eventually_async(lambda: len(world.frames()) == 2)
+    assert gate.answered == 0, "what was cancelled before it ran has no answer"
+    await asyncio.to_thread(world.publish, "runs", ">", "-", ".")
+    assert (gate.answered, gate.timed_out) == (1, 0)

@@ -2,7 +2,7 @@
 
 In:     ASGI scopes below the mount
 Out:    WebSockets, streams and polls served; what is sent and published by POST; `client.js`, `client.d.ts`,
-        `openapi.json`, `health`
+        `openapi.json`, `health`, `metrics`
 Owns:   the broker, the hub and the task that runs it, per event loop; the drain, also on SIGTERM where the server
         gives a lifespan
 Never:  needs a lifespan: a mounted app gets none, so everything starts on first use
@@ -38,6 +38,7 @@ from pubsub_mw.realtime.connection import Shared
 from pubsub_mw.realtime.http import Endpoint, Refusal, json_response
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.longpoll import answer_poll
+from pubsub_mw.realtime.metrics import BOUND_SECONDS, Metrics
 from pubsub_mw.realtime.origin import refuse_origin
 from pubsub_mw.realtime.publish import DESCRIPTION, answer_publish
 from pubsub_mw.realtime.script import Static, slim
@@ -75,11 +76,13 @@ class Realtime(Starlette):
         self._is_draining = False
         self._drain_task: asyncio.Task[None] | None = None
         self._per_address: Counter[str] = Counter()
+        self._metrics = Metrics()
         static = files("pubsub_mw").joinpath("static")
         super().__init__(
             routes=[
                 Route("/", _hint),
                 Route("/health", self._health),
+                Route("/metrics", self._tell_metrics),
                 Route("/send", Endpoint(self.settings, "POST", self._send)),
                 Route("/publish", Endpoint(self.settings, "POST", self._publish)),
                 Route("/openapi.json", _describe),
@@ -113,7 +116,7 @@ class Realtime(Starlette):
             self._running, self._starting = None, asyncio.Lock()  # left behind by a loop that is over
         async with self._starting:
             if self._running is None:
-                self._running = await _Running.start(self.settings)
+                self._running = await _Running.start(self.settings, self._metrics)
             return self._running
 
     async def open(self) -> None:
@@ -229,12 +232,12 @@ class Realtime(Starlette):
             Refusal: not now, or not one more.
         """
         if self._is_draining:
-            raise Refusal(503, ErrorCode.UNAVAILABLE, "this server is going away; try again")
+            raise self._refused(503, ErrorCode.UNAVAILABLE, "this server is going away; try again")
         limit, address = self.settings.max_connections_per_address, handshake.address
         if not limit:
             return lambda: None
         if self._per_address[address] >= limit:
-            raise Refusal(429, ErrorCode.BUSY, f"an address may have {limit} connections")
+            raise self._refused(429, ErrorCode.BUSY, f"an address may have {limit} connections")
         self._per_address[address] += 1
         return partial(self._forget, address)
 
@@ -251,13 +254,17 @@ class Realtime(Starlette):
         """
         refusal = refuse_origin(handshake, self.settings.origins, may_lack_origin=may_lack_origin)
         if refusal is not None:
-            raise Refusal(403, ErrorCode.FORBIDDEN, refusal)
+            raise self._refused(403, ErrorCode.FORBIDDEN, refusal)
         try:
             return (await self.start()).shared
         except BrokerUnavailable as error:
             log.error("connection refused: %s", error)
             message = "the broker does not answer; try again in a few seconds"
-            raise Refusal(503, ErrorCode.UNAVAILABLE, message) from error
+            raise self._refused(503, ErrorCode.UNAVAILABLE, message) from error
+
+    def _refused(self, status: int, code: ErrorCode, message: str) -> Refusal:
+        self._metrics.refused[code] += 1
+        return Refusal(status, code, message)
 
     async def _health(self, _request: Request) -> Response:
         """200 while publications arrive and new connections are admitted, else 503."""
@@ -274,27 +281,37 @@ class Realtime(Starlette):
         }
         return JSONResponse(body, 200 if status == "ok" else 503, {"cache-control": "no-store"})
 
+    async def _tell_metrics(self, request: Request) -> Response:
+        """What is known; within a bound also when the broker does not answer."""
+        shared = None
+        with contextlib.suppress(BrokerUnavailable, TimeoutError):
+            async with asyncio.timeout(BOUND_SECONDS):
+                shared = (await self.start()).shared
+        body, media_type = await self._metrics.tell(request.headers.get("accept", ""), shared)
+        return Response(body, headers={"content-type": media_type, "cache-control": "no-store"})
+
 
 class _Running:
     """What the connections of one event loop share."""
 
-    def __init__(self, settings: Settings, broker: AsyncBroker, secret: str) -> None:
+    def __init__(self, settings: Settings, broker: AsyncBroker, secret: str, metrics: Metrics) -> None:
         self.loop = asyncio.get_running_loop()
         self._broker = broker
         self._publisher = AsyncPublisher(**settings.overrides())
         self.hub = Hub(broker, settings)
         self.shared = Shared(settings, self.hub, broker, self._publisher, secret)
+        self._metrics = metrics
         self._task = asyncio.create_task(self._keep())
 
     @classmethod
-    async def start(cls, settings: Settings) -> "_Running":
+    async def start(cls, settings: Settings, metrics: Metrics) -> "_Running":
         broker = open_async_broker(settings)
         secret = settings.secret
         if secret is None:
             secret = await broker.secret()
             if settings.url != "memory://":
                 warn_of_secret(settings)
-        return cls(settings, broker, secret)
+        return cls(settings, broker, secret, metrics)
 
     async def _keep(self) -> None:
         """Run the hub; if it dies, which is a fault, say so and run it again: its connections are still here."""
@@ -304,6 +321,7 @@ class _Running:
                     tasks.create_task(self.hub.run())
                     tasks.create_task(self.shared.control.run())
                     tasks.create_task(self.shared.presence.run())
+                    tasks.create_task(self._metrics.run(self.shared))
                     if self.shared.settings.lifecycle:
                         tasks.create_task(self.shared.lifecycle.run())
                     if self.shared.settings.authorize:
@@ -332,8 +350,6 @@ async def _describe(request: Request) -> Response:
 async def _not_found(request: Request, _error: Exception) -> Response:
     mount = request.scope.get("root_path", "")
     message = f"there is nothing here; there are: {', '.join(mount + route.path for route in request.app.routes)}"
-    if request.scope["path"].removeprefix(mount) == "/metrics":
-        message = f"there are no metrics yet; {mount}/health tells whether this server is well"
     return Refusal(404, ErrorCode.UNSUPPORTED, message).response()
 
 

@@ -17,6 +17,7 @@ import math
 import random
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -102,6 +103,11 @@ class Shared:
         self.presence = Presence(broker, hub, settings)
         self.wheel = Wheel()
         self.sockets = Sockets(settings, self.wheel)
+        # Counted for `metrics`, which reads it. By transport: who is here, and who came; by close code: who went,
+        # None = the client went by itself, or its network.
+        self.present: Counter[str] = Counter()
+        self.opened: Counter[str] = Counter()
+        self.closed: Counter[CloseCode | None] = Counter()
 
     def allows(self, grant: Grant | None, channel: Channel) -> bool:
         """Whether `channel` may be listened to by everybody, or by `grant`."""
@@ -187,6 +193,7 @@ class Connection:
         "_expiry_told_at",
         "_grant",
         "_handshake",
+        "_is_present",
         "_next_ping_at",
         "_own",
         "_recall",
@@ -233,6 +240,9 @@ class Connection:
         self._next_ping_at = math.inf
         self._unanswered_at: float | None = None  # when the first ping went out since anything came
         self._expiry_told_at: float | None = None
+        self._is_present = True
+        shared.present[transport] += 1
+        shared.opened[transport] += 1
         self.due = 0
         shared.wheel.set(self, self._now() + settings.connect_timeout)
 
@@ -316,6 +326,10 @@ class Connection:
     def close(self) -> None:
         """Leave the hub. Idempotent; the transport calls it when the client is gone."""
         self._shared.wheel.discard(self)
+        if self._is_present:
+            self._is_present = False
+            self._shared.present[self.transport] -= 1
+            self._shared.closed[self.send_queue.closed[0] if self.send_queue.closed is not None else None] += 1
         self.send_queue.close(CloseCode.SERVER_ERROR, "closed")
         for task in list(self._asking.values()):
             task.cancel()

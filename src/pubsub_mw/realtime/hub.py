@@ -26,6 +26,7 @@ import functools
 import itertools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
@@ -98,6 +99,7 @@ class _Channel:
         "sole",
         "track",
         "waiting",
+        "weight",
         "window",
     )
 
@@ -105,7 +107,7 @@ class _Channel:
         self.name = name
         # They have, or are about to get, everything up to `track`; changed by `go_live` and `leave` alone.
         self.live: dict[Subscription, SendQueue] = {}
-        self.sole: SendQueue | None = None  # of the only one that is live
+        self.sole: SendQueue | None = None  # of the only one that is live, if it is a client's
         self.waiting: dict[Subscription, None] = _NOBODY  # each at its own position; see `wait` and `wait_no_more`
         self.track: Track | None = None  # None until history was read for the first time
         self.is_confirmed = False  # the broker delivers this channel's publications to us
@@ -114,6 +116,8 @@ class _Channel:
         self.is_reading = False
         self.recent: list[bytes] | None = None  # what came live since the read under way began
         self.fan_out: _FanOut | None = None
+        # Of each delivery in what is counted: channels to which the server itself listens are not.
+        self.weight = 0 if name.startswith(("#control", "#server-")) else 1
         self.window: Window | None = None  # what was read last, while others may want the same
 
     def go_live(self, subscription: Subscription) -> None:
@@ -125,7 +129,7 @@ class _Channel:
         self._note_sole()
 
     def _note_sole(self) -> None:
-        self.sole = next(iter(self.live.values())) if len(self.live) == 1 else None
+        self.sole = next(iter(self.live.values())) if len(self.live) == self.weight == 1 else None
 
     def wait(self, subscription: Subscription) -> None:
         if self.waiting is _NOBODY:
@@ -162,8 +166,11 @@ class Hub:
         self._windows: dict[_Channel, None] = {}  # of channels that have one, the oldest first
         self.on_presence: Callable[[str, Notice | None], None] = lambda _channel, _notice: None
         """Told of each notice, and of None when a channel's notices may have been missed."""
-        self.gaps_told = 0
+        # What is counted for `metrics`, which reads it: nothing is called for it.
+        self.gaps_told: Counter[GapReason] = Counter()
         self.publications_delivered = 0
+        self.recoveries: Counter[bool] = Counter()  # whether it was known what was missed
+        self.history_reads = self.history_failures = 0
 
     @property
     def is_up(self) -> bool:
@@ -173,7 +180,13 @@ class Hub:
     @property
     def channel_count(self) -> int:
         """Channels that connections listen to; the server's own are not counted."""
-        return sum(not name.startswith(("#control", "#server-")) for name in self._channels) - len(self._idle)
+        return sum(channel.weight for channel in self._channels.values()) - len(self._idle)
+
+    @property
+    def subscription_count(self) -> int:
+        """Subscriptions of connections, their own channels included."""
+        channels = self._channels.values()
+        return sum(channel.weight * (len(channel.live) + len(channel.waiting)) for channel in channels)
 
     @property
     def connection_count(self) -> int:
@@ -314,7 +327,7 @@ class Hub:
         if channel.window is not None:
             channel.window.extend(_ours(payloads), are_live=True)
         for run in runs:
-            self.publications_delivered += len(channel.live) * len(run.frames)
+            self.publications_delivered += channel.weight * len(channel.live) * len(run.frames)
         if runs or rest:
             self._fan_out(channel, runs, rest if is_whole else ())
         if not is_whole:
@@ -431,6 +444,8 @@ class Hub:
         if not subscription.has_begun:
             subscription.has_begun = True
             if subscription.is_announced or recovered is False:
+                if recovered is not None:
+                    self.recoveries[recovered] += 1
                 members = subscription.on_begin() if subscription.on_begin is not None else None
                 frame = protocol.subscribed(subscription.channel, position, recovered, members)
                 subscription.send_queue.put_nowait(frame)
@@ -485,6 +500,7 @@ class Hub:
             pages = await self._broker.read(wanted, page_bytes=min(whole, _PAGES_AT_ONCE * whole // len(reads)))
         except BrokerUnavailable as error:
             pages = [error] * len(reads)
+        self.history_reads += len(reads)
         for read, page in zip(reads, pages, strict=True):
             channel = read.channel
             if not isinstance(page, Exception):
@@ -492,6 +508,7 @@ class Hub:
                 self._take(read, page)
                 continue
             read.end()
+            self.history_failures += 1
             if self._channels.get(channel.name) is channel:
                 log.warning("history of %s could not be read: %s", channel.name, page)
                 delay = random.uniform(_RETRY_SECONDS / 2, _RETRY_SECONDS)
@@ -575,7 +592,7 @@ class Hub:
         elif channel.is_stale:
             for subscription in channel.live:
                 subscription.since = outcome.position
-            self.gaps_told += len(channel.live)
+            self.gaps_told[outcome.lost] += channel.weight * len(channel.live)
             channel.is_stale = False
             self._fan_out(channel, [Run((protocol.gap(channel.name, outcome.position, outcome.lost),))])
         else:
@@ -637,7 +654,7 @@ class Hub:
                 self._begin(subscription, began_at, outcome.lost is None)
                 self._unsettled.pop(subscription, None)
             elif outcome.lost is not None:
-                self.gaps_told += 1
+                self.gaps_told[outcome.lost] += channel.weight
                 subscription.send_queue.put_nowait(protocol.gap(channel.name, began_at, outcome.lost))
             if outcome.lost is not None:
                 subscription.since = began_at

@@ -8,6 +8,7 @@ Never:  lets through a path that no pattern allows, or that two programs could r
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote_to_bytes
 
@@ -41,6 +42,7 @@ class RequestCheck:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._is_allowed = compile_patterns(settings.requests)
+        self.refused: Counter[ErrorCode] = Counter()  # for `metrics`
         self._headers = _HEADERS | {name.lower() for name in settings.request_headers}
 
     def check(
@@ -58,6 +60,7 @@ class RequestCheck:
         """
 
         def refused(code: ErrorCode, message: str) -> FrameError:
+            self.refused[code] += 1
             return FrameError(code, message, id=frame.id)
 
         method = frame.method.upper()

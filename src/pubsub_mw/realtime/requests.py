@@ -90,6 +90,7 @@ class RequestGate(RequestCheck):
         self._timers: OrderedDict[tuple[ConnectionId, str], asyncio.TimerHandle] = OrderedDict()  # the oldest first
         self._most_timers = max(_MOST_EXPECTED, 2 * settings.queue_size)
         self._tasks = TaskSet()
+        self.accepted = self.answered = self.timed_out = 0  # for `metrics`, as is `refused`
 
     async def accept(
         self,
@@ -120,6 +121,7 @@ class RequestGate(RequestCheck):
         # Whoever waited may be gone when there is an answer.
         stored.add_done_callback(lambda stored: stored.cancelled() or stored.exception())
         if len(self._offers) >= self.settings.queue_size:
+            self.refused[ErrorCode.BUSY] += 1
             stored.set_exception(FrameError(ErrorCode.BUSY, "too many requests wait at this server", id=request.id))
             return stored
         offer = Offer(
@@ -148,6 +150,10 @@ class RequestGate(RequestCheck):
                 if self._stored.get(key) is stored:
                     del self._stored[key]
                 refusal = self._refusal(offer, reply)
+                if refusal is not None:
+                    self.refused[refusal.code] += 1
+                elif isinstance(reply, Accepted):
+                    self.accepted += reply.acceptance is Acceptance.STORED
                 if isinstance(reply, Accepted) and refusal is None and reply.answered_at is None:
                     self._expect(*key, offer.reply_to, self.settings.request_timeout + self.settings.request_grace)
                 if stored.done():
@@ -186,8 +192,8 @@ class RequestGate(RequestCheck):
             log.warning("a request was not cancelled: %s", error)
             message = "the broker does not answer; cancel it again"
             raise FrameError(ErrorCode.UNAVAILABLE, message, id=request_id) from error
-        if is_gone:
-            self.on_begun(connection, request_id)
+        if is_gone and (timer := self._timers.pop((connection, request_id), None)) is not None:
+            timer.cancel()
         return is_gone
 
     async def read_answer(self, request: Request, position: Position) -> list[Publication]:
@@ -222,6 +228,7 @@ class RequestGate(RequestCheck):
         timer = self._timers.pop((connection, request_id), None)
         if timer is not None:
             timer.cancel()
+            self.answered += 1
 
     def _expect(self, connection: ConnectionId, request_id: str, reply_to: Channel, seconds: float) -> None:
         key = (connection, request_id)
@@ -241,8 +248,11 @@ class RequestGate(RequestCheck):
         draft = build_answer_draft(self.settings, reply_to, head, answer_key(request_id), "." + request_id)
         try:
             (position,) = await self.publisher.publish_drafts([draft])
-            if position.tag == draft.tag:  # else it was answered, and the answer passed by other servers
+            if position.tag == draft.tag:
+                self.timed_out += 1
                 log.warning(_NO_WORKER)
+            else:
+                self.answered += 1  # and the answer passed by other servers
             await self.broker.withdraw(connection, request_id)
         except (PublishError, BrokerUnavailable) as error:
             log.warning("a request is answered 504 later: %s", error)

@@ -173,12 +173,13 @@ class AsyncRedisBroker:
         """Count the requests in the queue; see `AsyncBroker.queue_counts`."""
         stored, waiting, *_ = self._scripts.keyspace.lanes
         calls = [("XLEN", stored), ("XLEN", waiting), ("XPENDING", stored, GROUP)]
-        *sizes, pending = await self._run(lambda _: calls, self._settings.broker_timeout)
-        for reply in sizes:
-            if isinstance(reply, redis.RedisError):
+        replies = await self._run(lambda _: calls, self._settings.broker_timeout)
+        for reply in replies:
+            if isinstance(reply, redis.RedisError) and "NOGROUP" not in str(reply):  # there was no worker yet
                 raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
-        running = pending[0] if isinstance(pending, list) else 0  # before the first worker there is no group
-        return {"ready": max(0, sizes[0] - running), "running": running, "waiting": sizes[1]}
+        size, waits, pending = replies
+        running = pending[0] if isinstance(pending, list) else 0
+        return {"ready": max(0, size - running), "running": running, "waiting": waits}
 
     async def command(self, *arguments: str | bytes) -> Any:
         """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""
