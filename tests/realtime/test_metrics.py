@@ -393,6 +393,11 @@ async def test_whichever_of_several_processes_is_asked_it_tells_of_all(
     before = await by_process(12)
     for _ in range(6):
         assert await by_process(12) == before, "whichever was asked"
+    async with httpx.AsyncClient(trust_env=False) as http:
+        answer = await http.get(monitor.url, headers={"accept": "application/openmetrics-text;version=1.0.0"})
+    families = parse_openmetrics(answer.text)  # type: ignore[no-untyped-call]
+    lag = next(family for family in families if family.name == "pubsub_event_loop_lag_seconds")
+    assert {sample.labels["process"] for sample in lag.samples} == set(before)
 
     # One is killed; another one takes its place, and what it held is not told any more.
     killed, kept = before
