@@ -267,6 +267,23 @@ class TestConnections:
             (disconnect,) = await waiting
             assert (disconnect["code"], disconnect["retry"]) == (CloseCode.REPLACED, None)
 
+    async def test_a_poll_is_not_ended_by_the_word_of_the_one_before_that_comes_late(
+        self, serve_realtime: Serve, http: httpx.AsyncClient, publisher: AsyncPublisher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, there = await serve_realtime(), await serve_realtime()
+        connected = await resume_of(here)
+        poller = Poller(http, here.url, there.url, resume=connected["resume"])
+        control, heard = there.app._running.shared.control, list[tuple[Any, ...]]()
+        hear = control._hear
+        monkeypatch.setattr(control, "_hear", lambda *news: heard.append(news))
+        await poller.poll("a", wait=20)
+        await eventually_async(lambda: heard)
+        waiting = asyncio.create_task(poller.poll("a", wait=20))
+        await eventually_async(lambda: there.app._running.hub.connection_count == 1)
+        hear(*heard[0])
+        await publisher.publish("a", "x")
+        assert [frame["type"] for frame in await waiting] == ["message"]
+
     async def test_who_was_disconnected_is_told_within_two_seconds_and_refused_after_that(
         self, serve_realtime: Serve, http: httpx.AsyncClient, publisher: AsyncPublisher, prefix: str
     ) -> None:

@@ -536,10 +536,10 @@ class Connection:
 
     def _welcome(self, connection: ConnectionId, resume: Resume | None, *, takes_over: bool) -> None:
         settings = self._shared.settings
-        self.id = connection
+        self.id, self.send_queue.is_poll = connection, self.transport == "longpoll"
         self._shared.hub.open(connection, self.send_queue)
         if takes_over:
-            self._shared.control.claim(connection)
+            self._shared.control.claim(connection, by_poll=self.send_queue.is_poll)
         if settings.lifecycle:
             self._shared.lifecycle.begin(connection, self.user, self.transport, self.handshake)
         if self.transport != "longpoll":

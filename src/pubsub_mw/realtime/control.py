@@ -77,7 +77,7 @@ class Control:
         self._server = secrets.token_urlsafe(12)
         self._claims: dict[ConnectionId, int] = {}  # said to be resumed here, and not heard yet
         self._numbers = itertools.count()
-        self._unsaid: dict[ConnectionId, int] = {}
+        self._unsaid: dict[ConnectionId, tuple[int, bool]] = {}
         self._saying: asyncio.Task[None] | None = None
         self._asking: list[tuple[Controlled, asyncio.Future[None]]] = []  # what of theirs was revoked
         self._looking: asyncio.Task[None] | None = None
@@ -131,9 +131,10 @@ class Control:
                 for subject, at in revoked.items():
                     self._revoke(connection, identity, subject, at)
 
-    def claim(self, connection: ConnectionId) -> None:
+    def claim(self, connection: ConnectionId, *, by_poll: bool) -> None:
         """Tell the other servers that a connection was resumed here, so that they close theirs of that id."""
-        self._claims[connection] = self._unsaid[connection] = next(self._numbers)
+        self._claims[connection] = number = next(self._numbers)
+        self._unsaid[connection] = (number, by_poll)
         if self._saying is None:
             self._saying = asyncio.create_task(self._say())
             self._saying.add_done_callback(_log_fault)
@@ -161,7 +162,7 @@ class Control:
         elif news["type"] == "granted":
             await self._take_grant(news["token"])
         elif news["type"] == "resumed":
-            self._hear(ConnectionId(news["connection"]), news["server"], news["number"])
+            self._hear(ConnectionId(news["connection"]), news["server"], news["number"], news.get("poll", False))
         elif news["type"] in ("gap", "subscribed"):
             self._claims.clear()
             await self._look_up_all()
@@ -225,26 +226,26 @@ class Control:
         try:
             while self._unsaid:
                 batch = dict(itertools.islice(self._unsaid.items(), _BATCH))
-                self._unsaid = {name: number for name, number in self._unsaid.items() if name not in batch}
-                drafts = [self._draft(connection, number) for connection, number in batch.items()]
+                self._unsaid = {name: claim for name, claim in self._unsaid.items() if name not in batch}
+                drafts = [self._draft(connection, *claim) for connection, claim in batch.items()]
                 try:
                     await self._broker.publish(drafts)
                 except BrokerUnavailable as error:
                     log.warning("other servers may still hold %d resumed connections: %s", len(batch), error)
-                    for connection, number in batch.items():
+                    for connection, (number, _) in batch.items():
                         self._forget_claim(connection, number)
         finally:
             self._saying = None
 
-    def _draft(self, connection: ConnectionId, number: int) -> Draft:
-        news = head_of({"type": "resumed", "connection": connection, "server": self._server, "number": number})
-        return build_answer_draft(self._settings, CONTROL_CHANNEL, news, "", "")
+    def _draft(self, connection: ConnectionId, number: int, by_poll: bool) -> Draft:
+        place = {"connection": connection, "server": self._server, "number": number, "poll": by_poll}
+        return build_answer_draft(self._settings, CONTROL_CHANNEL, head_of({"type": "resumed", **place}), "", "")
 
-    def _hear(self, connection: ConnectionId, server: str, number: int) -> None:
+    def _hear(self, connection: ConnectionId, server: str, number: int, by_poll: bool) -> None:
         if server == self._server:
             self._forget_claim(connection, number)
         elif connection not in self._claims:
-            self._hub.replace(connection)
+            self._hub.replace(connection, by_poll=by_poll)
 
     def _forget_claim(self, connection: ConnectionId, number: int) -> None:
         if self._claims.get(connection) == number:

@@ -203,10 +203,13 @@ class Hub:
         if older is not None:
             older.close(CloseCode.REPLACED, "this connection was resumed elsewhere")
 
-    def replace(self, connection: ConnectionId) -> None:
-        """Close a connection that was resumed on another server; nothing if it is not here."""
+    def replace(self, connection: ConnectionId, *, by_poll: bool) -> None:
+        """Close a connection that was resumed on another server; nothing if it is not here.
+
+        A poll does not end a poll: the one elsewhere was answered before this one came, and is heard of later.
+        """
         older = self._connections.get(connection)
-        if older is not None:
+        if older is not None and not (by_poll and older.is_poll):
             older.close(CloseCode.REPLACED, "this connection was resumed elsewhere")
 
     def close(self, connection: ConnectionId, send_queue: SendQueue) -> bool:

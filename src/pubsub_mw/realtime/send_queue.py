@@ -74,6 +74,7 @@ class SendQueue:
         "_reader",
         "_total_bytes",
         "closed",
+        "is_poll",
     )
 
     def __init__(self, limit_bytes: int, low_bytes: int) -> None:
@@ -88,6 +89,7 @@ class SendQueue:
         self._on_closed: Callable[[], object] | None = None
         self.closed: tuple[CloseCode, str] | None = None
         """Set once, to the close code and reason that end the connection."""
+        self.is_poll = False
 
     def put_nowait(self, frame: bytes) -> None:
         """Append a live frame. At the bound the queue closes with SLOW; after that nothing more is taken."""
