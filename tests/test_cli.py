@@ -531,6 +531,7 @@ def test_the_doctor_finds_a_healthy_broker_healthy(env: dict[str, str]) -> None:
         ("user without channels", "fault", "did not come back", "ACL SETUSER <user> ~pubsub:* &pubsub:*"),
         ("user without scripts", "fault", "no permissions to run the 'evalsha' command", "+@scripting"),
         ("user without info", "warning", "may not ask for INFO", "+info"),
+        ("full", "fault", "used memory > 'maxmemory'", "see by INFO"),
         ("no secret", "warning", "PUBSUB_SECRET is not set", "openssl rand -hex 32"),
         ("short secret", "warning", "PUBSUB_SECRET is short", "32 bytes"),
         ("memory", "warning", "one process", "PUBSUB_URL=redis://"),
@@ -547,6 +548,8 @@ def test_the_doctor_names_the_fault_and_its_cure(
         url = "memory://"
     elif name == "replica":
         other_redis.cli("REPLICAOF", "127.0.0.1", "1")
+    elif name == "full":
+        other_redis.cli("CONFIG", "SET", "maxmemory", "1")
     elif name.startswith("user") or name == "wrong password":
         rules = {"user without channels": "resetchannels", "user without scripts": "-@scripting"}.get(name, "-info")
         other_redis.cli("ACL", "SETUSER", "app", "reset", "on", ">open-sesame", "~*", "&*", "+@all", rules)
@@ -554,6 +557,7 @@ def test_the_doctor_names_the_fault_and_its_cure(
         url = f"redis://app:{password}@127.0.0.1:{other_redis.port}/0"
     done = run("doctor", "--url", url, env={"PUBSUB_SECRET": secret, "PUBSUB_BROKER_TIMEOUT": "1"})
     other_redis.cli("REPLICAOF", "NO", "ONE")
+    other_redis.cli("CONFIG", "SET", "maxmemory", "100mb")
 
     lines = done.stdout.splitlines()
     (index,) = (index for index, line in enumerate(lines) if line.startswith(level) and finding in line)

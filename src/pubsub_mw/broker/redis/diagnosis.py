@@ -76,7 +76,7 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             yield Finding(
                 Level.FAULT,
                 f"a publication did not come back: {str(error) or 'nothing within broker_timeout'}",
-                f"where Redis has users: ACL SETUSER <user> {own} {_RIGHTS}",
+                f"see by INFO why it takes no writes; where it has users: ACL SETUSER <user> {own} {_RIGHTS}",
             )
     finally:
         await broker.close()
