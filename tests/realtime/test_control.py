@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jwt
@@ -133,6 +134,16 @@ async def test_one_connection_ends_and_the_users_others_stay(one: World) -> None
     assert (await first.closed(PROMPT))[0] == DISCONNECTED
     await second.send({"type": "subscribe", "channel": "room"})
     await second.recv("subscribed", "room")
+
+
+async def test_one_connection_ends_where_the_applications_clock_is_behind_the_realtime_servers(
+    one: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pubsub_mw.publisher.time", SimpleNamespace(time=lambda: time.time() - 60))
+    client, hello = await one.client()
+    await one.say("disconnect", connection=hello["connection"])
+    assert (await client.closed(PROMPT))[0] == DISCONNECTED
+    assert await one.refused(resume=hello["resume"]) == DISCONNECTED
 
 
 async def test_grants_and_resume_tokens_made_before_are_barred_and_grants_made_afterwards_are_good(one: World) -> None:

@@ -189,7 +189,6 @@ class Connection:
         "_app_user",
         "_app_user_at",
         "_asking",
-        "_begun_at",
         "_expiry_told_at",
         "_grant",
         "_handshake",
@@ -234,7 +233,6 @@ class Connection:
         self._user_positions: Mapping[str, Position] = _NONE  # for the channel of the user whom the app may name
         self._recall: Recall = _recall_nothing
         self._token: Resume | None = None  # until it has begun
-        self._begun_at = time.time()
         self._revoked: Mapping[str, float] = _NONE  # channel, or `*` -> grants made until then are void
         self._allowed: dict[Channel, _Allowed] = {}
         self._next_ping_at = math.inf
@@ -448,7 +446,7 @@ class Connection:
             if not by_grant:
                 unnamed = self.id
         else:
-            made_at = token.issued_at if token is not None else self._begun_at
+            made_at = -math.inf  # an id that was ended is never anybody's again, so no clock is asked
         if made_at > at:
             return None
         self.send_queue.close(CloseCode.DISCONNECTED, "the application ended this connection")

@@ -12,6 +12,7 @@ What a frame brings about arrives by the stream or the poll.
 
 import dataclasses
 import logging
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ class _Sender:
     def revoke(self, identity: str, subject: str, at: float) -> None:
         """Note that `at` was not long enough ago. Single channels are looked up where they are listened to."""
         if subject == "*" and self._resume is not None:
-            made_at = self._resume.issued_at
+            made_at = -math.inf  # of an id that was ended
             if identity.startswith("user:") and self._grant is not None:
                 made_at = self._grant.issued_at
                 # A token from before is not shown to be of whom the grant names now.
