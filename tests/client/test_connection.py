@@ -555,6 +555,12 @@ async def test_what_does_not_come_about_in_time_fails_in_time(kind: str, endpoin
     silent.close()
 
 
+async def test_a_refusal_comes_with_the_servers_reason(endpoint: Endpoint) -> None:
+    with pytest.raises(ConnectFailed, match=r"HTTP 403.*Origin"):
+        async with connect(endpoint.url, headers={"Cookie": "a=b"}, transports=("websocket",), open_timeout=0.5):
+            pytest.fail("it connected")
+
+
 async def test_giving_up_while_connecting_leaves_nothing_behind() -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1), connect(f"ws://127.0.0.1:{free_port()}/realtime"):

@@ -83,7 +83,8 @@ async def open_websocket(url: str, headers: Mapping[str, str], timeout: float) -
     try:
         socket = await opening
     except (OSError, TimeoutError, WebSocketException) as error:
-        raise LinkLost(str(error) or type(error).__name__) from error
+        body: bytes = getattr(getattr(error, "response", None), "body", None) or b""  # says why it was refused
+        raise LinkLost(f"{str(error) or type(error).__name__} {body[:200].decode(errors='replace')}".strip()) from error
     try:
         yield WebSocketLink(socket)
     finally:
