@@ -224,6 +224,8 @@ async def test_a_path_that_may_not_be_requested_is_refused_and_the_rest_goes_on(
 async def test_wrong_use_of_fetch_raises_at_once(scripted: Connection) -> None:
     with pytest.raises(ValueError, match="path"):
         await scripted.fetch("http://elsewhere.example/")
+    with pytest.raises(TypeError, match="bytes-like"):
+        await scripted.fetch("/rooms", body={"text": "hi"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not both"):
         await scripted.fetch("/", body="a", json={})
     with pytest.raises(ValueError, match="JSON"):

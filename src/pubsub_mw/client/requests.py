@@ -245,7 +245,7 @@ def build_request(
 
     Raises:
         ValueError: `path` does not begin with `/`, or there are both a body and JSON.
-        TypeError, ValueError: `json_value` is not JSON.
+        TypeError, ValueError: `json_value` is not JSON, or `body` neither text nor bytes.
         RequestFailed: it is over `max_bytes`.
     """
     if not path.startswith("/"):
@@ -266,7 +266,7 @@ def build_request(
         "headers": fields,
     }
     if body is not None:
-        frame |= encode_body(body.encode() if isinstance(body, str) else body)
+        frame |= encode_body(body.encode() if isinstance(body, str) else bytes(memoryview(body)))
     size_bytes = len(json.dumps(frame).encode()) + 100  # its id comes yet
     if size_bytes > max_bytes:
         raise RequestFailed(
