@@ -101,7 +101,11 @@ def drive(server: Server, *options: str | int | float, payload: int = PAYLOAD_BY
 
 @contextmanager
 def hold(server: Server, *options: str | int | float) -> Iterator[dict[str, Any]]:
-    """Keep clients subscribed in the block; yields how many there are and how long it took."""
+    """Keep clients subscribed in the block; yields how many there are and how long it took, and after it all that was.
+
+    Raises:
+        Wrong: not all could subscribe, or some were closed meanwhile.
+    """
     command = [str(compiled("loadgen")), *_address(server), "--mode", "hold", *map(str, options)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -114,6 +118,9 @@ def hold(server: Server, *options: str | int | float) -> Iterator[dict[str, Any]
             yield said
         finally:
             process.stdin.close()
+        said |= json.loads(process.stdout.read())
+        if not said["ok"]:
+            raise Wrong(f"{server.name}: {said}")
 
 
 def _address(server: Server) -> list[str]:

@@ -90,7 +90,7 @@ static uint64_t behind_count; // orders that have not reached their target
 static char *buffer;
 
 static struct {
-    uint64_t deliveries, bytes, skipped, doubled, misordered, foreign, publish_errors, replies, expected;
+    uint64_t deliveries, bytes, skipped, doubled, misordered, foreign, publish_errors, replies, expected, answered;
 } total;
 static struct histogram latency, connecting, bursts, pings;
 static bool is_measuring;
@@ -418,6 +418,7 @@ static void take_message(struct conn *conn, int opcode, const char *data, size_t
     if (opcode == 8) {
         close_conn(conn, false);
     } else if (opcode == 9) {
+        total.answered++;
         send_frame(conn, 10, data, size);
     } else if (opcode == 10) {
         if (size == 16 && is_measuring) {
@@ -435,6 +436,7 @@ static void take_message(struct conn *conn, int opcode, const char *data, size_t
             size_t length = strlen(options.ping);
             if (options.stream ? memmem(data, size, options.ping, length) != NULL
                                : size == length && !memcmp(data, options.ping, length)) {
+                total.answered++;
                 send_frame(conn, options.opcode, options.pong, strlen(options.pong));
                 return;
             }
@@ -835,6 +837,7 @@ static const char *usage =
     "  --mode rate               --rate N bursts per second, whatever arrives [20]\n"
     "  --mode hold               subscribe, print a line, go on until stdin is closed\n"
     "  --mode connect            subscribe and end\n"
+    "  --mode ping               subscribe, and let the --pingers ping for --seconds\n"
     "  --burst N                 publications at once, channel after channel [1]\n"
     "  --seconds S               [2]   --messages N  at most   --warm-up N  bursts before [3]   --settle S  [0.2]\n"
     "  --pingers N               more connections, each of which pings every --ping-every S [0.1]\n"
@@ -928,7 +931,9 @@ int main(int count, char **arguments) {
     signal(SIGPIPE, SIG_IGN);
     prctl(PR_SET_TIMERSLACK, 1);
     bool publishes = !strcmp(options.mode, "lockstep") || !strcmp(options.mode, "rate");
-    if (!publishes && strcmp(options.mode, "hold") && strcmp(options.mode, "connect")) fail("no mode %s", options.mode);
+    bool pings_alone = !strcmp(options.mode, "ping");
+    if (!publishes && !pings_alone && strcmp(options.mode, "hold") && strcmp(options.mode, "connect"))
+        fail("no mode %s", options.mode);
     if (publishes && !options.template_file) fail("--publish-port and --publish-template are needed");
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     buffer = malloc(READ_BYTES);
@@ -998,6 +1003,11 @@ int main(int count, char **arguments) {
         // What comes twice may come late.
         rest(options.settle);
     }
+    if (is_right && pings_alone) {
+        is_measuring = true;
+        next_ping = now();
+        rest(options.seconds);
+    }
     if (!strcmp(options.mode, "hold")) {
         printf("{\"subscribed\":%u,\"connect_seconds\":%.4f}\n", ready_count, connect_seconds);
         fflush(stdout);
@@ -1013,7 +1023,7 @@ int main(int count, char **arguments) {
            options.connections, options.channels, options.per_connection);
     printf(",\"failed\":%u,\"closed\":%u,\"lost\":%lu,\"doubled\":%lu,\"misordered\":%lu,\"foreign\":%lu", failed_count,
            closed_count, lost, total.doubled, total.misordered, total.foreign);
-    printf(",\"publish_errors\":%lu", total.publish_errors);
+    printf(",\"publish_errors\":%lu,\"pings_answered\":%lu", total.publish_errors, total.answered);
     printf(",\"connect_seconds\":%.4f,\"connects_per_second\":%.1f,\"caught_up_seconds\":%.4f", connect_seconds,
            connect_seconds ? ready_count / connect_seconds : 0, caught_up_seconds);
     if (wall > 0) {
