@@ -67,7 +67,7 @@ def measure(name: str, names: list[str], seconds: float) -> Iterator[dict[str, A
 def point(name: str, label: str, x: int, server: Server, arguments: Options, payload: int) -> dict[str, Any]:
     row: dict[str, Any] = {"at": time.time(), "curve": name, "server": label, "x": x}
     try:
-        row |= drive(server, "--timeout", 60, "--sources", 16, *arguments, payload=payload)
+        row |= drive(server, "--timeout", 60 + x / 200, "--sources", 16, *arguments, payload=payload)
     except Wrong as error:
         row["wrong"] = str(error)
     known = ("curve", "server", "x", "per_second", "server_us_per_delivery", "wrong")
@@ -97,7 +97,7 @@ def save(rows: Iterator[dict[str, Any]]) -> None:
 _MOST = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500
 
 
-_COUNTS = [count for count in (10, 100, 1_000, 5_000, 10_000, 20_000, 50_000, 100_000) if count < _MOST] + [_MOST]
+_COUNTS = sorted({min(count, _MOST) for count in (10, 100, 1_000, 5_000, 10_000, 20_000, 50_000, 100_000)})
 
 
 def _subscribers(count: int) -> Options:

@@ -19,7 +19,7 @@ __all__ = ["SCENARIOS", "Result", "Scenario", "cpu_seconds", "resident_bytes", "
 
 _SUBSCRIBERS = 1_000
 _IDLE = 5_000
-_QUIET_SECONDS = 20
+_QUIET_SECONDS = 120
 _NAP = ("--nap", 50)
 """Where only the rate counts: a write need not wake the load generator, nor would it wake a distant client."""
 
