@@ -20,7 +20,7 @@ from benchmarks.servers import ALONE, ours, take_core
 from pubsub_mw import Publisher
 from tests.tools.redis_server import RedisServer
 
-__all__ = ["main"]
+__all__ = ["main", "slab_bytes"]
 
 _SECRET = "a secret of thirty-two bytes or more"
 _HEADERS_BYTES = 40 + 14  # IPv4, TCP, Ethernet
@@ -50,11 +50,11 @@ def of_connections(count: int) -> Constants:
         drive(server, "--mode", "connect", "--connections", 20)
         wait_until_quiet(server)
         remembered = client.info("memory")["used_memory"]
-        resident, kernel, spent = resident_bytes(server), _slab_bytes(), cpu_seconds(server)
+        resident, kernel, spent = resident_bytes(server), slab_bytes(), cpu_seconds(server)
         with hold(server, "--connections", count, "--timeout", 60) as said:
             connecting = cpu_seconds(server) - spent
             time.sleep(1)
-            held, kernel_held = resident_bytes(server), _slab_bytes()
+            held, kernel_held = resident_bytes(server), slab_bytes()
             remembered = client.info("memory")["used_memory"] - remembered
             began, spent = time.monotonic(), cpu_seconds(server)
             time.sleep(6)
@@ -141,9 +141,9 @@ def plan(connections: int, constants: Constants) -> list[str]:
     ]
 
 
-def _slab_bytes() -> int:
+def slab_bytes() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Slab:"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Slab:")), 0)
 
 
 def _redis_cpu(client: "redis.Redis") -> float:
