@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "pubsub_mw"
 
 # Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them. The
-# last 215 are for metrics: what counts, what tells it, and how one process tells of all.
+# last 235 are for metrics: what counts, what tells it, and how one process tells of all; and a file more, `shared`.
 LONGEST_FILE_LINES = 350
-ALL_LINES = 10_915
+ALL_LINES = 10_935
 
 # Files that may be longer, each with what it would cost to cut it.
 LONGER: dict[str, str] = {

@@ -50,6 +50,7 @@ ORDER = [
     "realtime/lifecycle.py",
     "realtime/request_check.py",
     "realtime/requests.py",
+    "realtime/shared.py",
     "realtime/connection.py",
     "realtime/cursor.py",
     "realtime/origin.py",

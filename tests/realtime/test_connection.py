@@ -15,8 +15,9 @@ from pubsub_mw.errors import CloseCode
 from pubsub_mw.grants import sign_grant
 from pubsub_mw.model import Handshake
 from pubsub_mw.publisher import AsyncPublisher
-from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.settings import Settings
 from tests.realtime.conftest import delay_look_ups
 from tests.tools.clock import MS, eventually_async

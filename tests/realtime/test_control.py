@@ -25,8 +25,9 @@ from pubsub_mw.broker.memory import AsyncMemoryBroker, memory_broker
 from pubsub_mw.model import Handshake
 from pubsub_mw.publisher import AsyncPublisher, Publisher
 from pubsub_mw.realtime import Realtime
-from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.hub import Hub
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.settings import Settings
 from tests.realtime.serving import Server, Servers
 from tests.tools.clock import MS, eventually_async

@@ -34,7 +34,6 @@ from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.grants import GrantVerifier
 from pubsub_mw.model import Handshake
 from pubsub_mw.publisher import AsyncPublisher, warn_of_secret
-from pubsub_mw.realtime.connection import Shared
 from pubsub_mw.realtime.http import Endpoint, Refusal, json_response
 from pubsub_mw.realtime.hub import Hub
 from pubsub_mw.realtime.longpoll import answer_poll
@@ -43,6 +42,7 @@ from pubsub_mw.realtime.origin import refuse_origin
 from pubsub_mw.realtime.publish import DESCRIPTION, answer_publish
 from pubsub_mw.realtime.script import Static, slim
 from pubsub_mw.realtime.send import answer_frames
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.realtime.sse import refuse_events, serve_events
 from pubsub_mw.realtime.websocket import deny, serve_websocket, take_over
 from pubsub_mw.settings import Settings

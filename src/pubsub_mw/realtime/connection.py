@@ -17,7 +17,6 @@ import math
 import random
 import secrets
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +24,6 @@ from typing import Any
 import orjson
 
 from pubsub_mw import protocol
-from pubsub_mw.broker.interface import AsyncBroker
 from pubsub_mw.errors import (
     BrokerUnavailable,
     ChannelError,
@@ -34,10 +32,8 @@ from pubsub_mw.errors import (
     FrameError,
     GrantError,
     GrantExpired,
-    PublicationTooLarge,
-    PublishError,
 )
-from pubsub_mw.grants import GrantVerifier, Resume, sign_resume, verify_resume
+from pubsub_mw.grants import Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
     CONNECTION_PREFIX,
     FROM_HANDSHAKE,
@@ -54,20 +50,12 @@ from pubsub_mw.model import (
     is_presence,
     is_protected,
 )
-from pubsub_mw.publisher import AsyncPublisher
-from pubsub_mw.realtime.authorize import Authorizer
-from pubsub_mw.realtime.control import Control
-from pubsub_mw.realtime.hub import Hub
-from pubsub_mw.realtime.lifecycle import Lifecycle
-from pubsub_mw.realtime.presence import Presence
-from pubsub_mw.realtime.requests import RequestGate, Requests
+from pubsub_mw.realtime.requests import Requests
 from pubsub_mw.realtime.send_queue import SendQueue
-from pubsub_mw.realtime.socket import Sockets
+from pubsub_mw.realtime.shared import EXPIRED, FORBIDDEN, Shared
 from pubsub_mw.realtime.subscription import Subscription
-from pubsub_mw.realtime.wheel import Wheel
-from pubsub_mw.settings import Settings
 
-__all__ = ["Connection", "Recall", "Shared", "grant_refused"]
+__all__ = ["Connection", "Recall"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -76,83 +64,7 @@ _NONE: Mapping[Any, Any] = MappingProxyType({})
 Recall = Callable[[str], str | None]
 """Tells the position, as text, at which a channel was left, or None."""
 
-_FORBIDDEN = "no grant of yours allows it"
-_EXPIRED = "your grant, which allows it, expired; send a fresh one and ask again"
 _SILENT = "the broker does not answer; come back in a moment"
-
-
-class Shared:
-    """What all connections of a process have in common."""
-
-    def __init__(
-        self, settings: Settings, hub: Hub, broker: AsyncBroker, publisher: AsyncPublisher, secret: str
-    ) -> None:
-        self.settings = settings
-        self.broker = broker
-        self.hub = hub
-        self.publisher = publisher
-        self.secret = secret
-        self.loop = asyncio.get_running_loop()
-        self.verifier = GrantVerifier(secret, settings.grant_public_key)
-        self.is_public = compile_patterns(settings.public)
-        self.gate = RequestGate(settings, broker, publisher, secret)
-        self.on_reply = self.gate.on_reply  # one object for all
-        self.control = Control(broker, hub, settings, secret)
-        self.authorizer = Authorizer(broker, hub, settings, secret)
-        self.lifecycle = Lifecycle(broker, settings, secret)
-        self.presence = Presence(broker, hub, settings)
-        self.wheel = Wheel()
-        self.sockets = Sockets(settings, self.wheel)
-        # Counted for `metrics`, which reads it. By transport: who is here, and who came; by close code: who went,
-        # None = the client went by itself, or its network.
-        self.present: Counter[str] = Counter()
-        self.opened: Counter[str] = Counter()
-        self.closed: Counter[CloseCode | None] = Counter()
-
-    def allows(self, grant: Grant | None, channel: Channel) -> bool:
-        """Whether `channel` may be listened to by everybody, or by `grant`."""
-        if not is_protected(channel) and self.is_public(channel):
-            return True
-        return grant is not None and grant.expires_at > time.time() and compile_patterns(grant.channels)(channel)
-
-    def verify(self, token: str) -> Grant:
-        """Return what a grant allows that came in a frame.
-
-        Raises:
-            FrameError: it is not good.
-        """
-        try:
-            return self.verifier.verify(token, now=time.time())
-        except GrantError as error:
-            raise grant_refused(error) from error
-
-    async def publish(self, grant: Grant | None, command: protocol.Publish) -> None:
-        """Publish what a client sent straight to a channel.
-
-        Raises:
-            FrameError: `grant` does not allow it, it is wrong, or the broker does not answer.
-        """
-
-        def refused(code: ErrorCode, message: str) -> FrameError:
-            return FrameError(code, message, id=command.id, channel=command.channel[:200])
-
-        try:
-            channel = check_subscribable(command.channel)
-        except ChannelError as error:
-            raise refused(ErrorCode.BAD_CHANNEL, str(error)) from error
-        if grant is None or not compile_patterns(grant.publish)(channel):
-            raise refused(ErrorCode.FORBIDDEN, _FORBIDDEN)
-        if grant.expires_at <= time.time():
-            raise refused(ErrorCode.GRANT_EXPIRED, _EXPIRED)
-        try:
-            await self.publisher.publish(channel, command.data, event=command.event)
-        except PublicationTooLarge as error:
-            raise refused(ErrorCode.TOO_LARGE, str(error)) from error
-        except ValueError as error:
-            raise refused(ErrorCode.BAD_FRAME, str(error)) from error
-        except PublishError as error:
-            log.warning("a client's publication was not stored: %s", error)
-            raise refused(ErrorCode.UNAVAILABLE, "it may not have been stored; try again in a few seconds") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -670,9 +582,9 @@ class Connection:
             self._allowed[channel] = _Allowed(is_by_grant, issued_at if is_by_grant else time.time())
             self._listen(channel, position)
             return
-        refusal = FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+        refusal = FrameError(ErrorCode.FORBIDDEN, FORBIDDEN, channel=channel)
         if self._is_granted(channel):
-            refusal = FrameError(ErrorCode.GRANT_EXPIRED, _EXPIRED, channel=channel)
+            refusal = FrameError(ErrorCode.GRANT_EXPIRED, EXPIRED, channel=channel)
         if not self._shared.settings.authorize:
             raise refusal
         task = asyncio.create_task(self._ask(channel, position, refusal))
@@ -702,7 +614,7 @@ class Connection:
             if decision.user is not None and self._app_user is None:
                 await self._take_app_user(decision.user, decision.info, asked_at)
             if asked_at <= self._revoked.get(channel, -math.inf):
-                raise FrameError(ErrorCode.FORBIDDEN, _FORBIDDEN, channel=channel)
+                raise FrameError(ErrorCode.FORBIDDEN, FORBIDDEN, channel=channel)
             if self.send_queue.closed is None:
                 self._allowed[channel] = _Allowed(False, asked_at)
                 self._drop_asking(channel)  # before the answer, after which the client may ask anew at once
@@ -832,12 +744,6 @@ class Connection:
                 self._unanswered_at = self._unanswered_at or now
             self.send_queue.put_nowait(protocol.PING)
         self._schedule()
-
-
-def grant_refused(error: GrantError) -> FrameError:
-    """Say as an error frame that a grant is not good."""
-    code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
-    return FrameError(code, str(error))
 
 
 def _recall_nothing(_channel: str) -> None:

@@ -23,9 +23,10 @@ from pubsub_mw import protocol
 from pubsub_mw.errors import CloseCode, ErrorCode, FrameError, GrantError, GrantExpired
 from pubsub_mw.grants import Resume, verify_resume
 from pubsub_mw.model import Handshake
-from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.cursor import Cursor
 from pubsub_mw.realtime.origin import names_origin
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.settings import Settings
 
 __all__ = [

@@ -20,9 +20,10 @@ from starlette.types import Receive, Scope
 from pubsub_mw import protocol
 from pubsub_mw.errors import CloseCode, ErrorCode
 from pubsub_mw.model import ConnectionId, Handshake, channel_of_connection
-from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.cursor import Cursor
 from pubsub_mw.realtime.http import Refusal, bearer, connect, read_query, read_resume, read_wanted, until_gone
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.realtime.socket import retry_after
 
 __all__ = ["answer_poll"]

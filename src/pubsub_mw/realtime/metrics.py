@@ -27,7 +27,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
-from pubsub_mw.realtime.connection import Shared
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.realtime.subscription import GapReason
 
 __all__ = ["BOUND_SECONDS", "SIBLINGS_VARIABLE", "Metrics"]

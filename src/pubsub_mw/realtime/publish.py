@@ -27,8 +27,8 @@ from pubsub_mw.errors import (
     PublishError,
 )
 from pubsub_mw.model import Draft, Grant, Handshake, compile_patterns
-from pubsub_mw.realtime.connection import Shared
 from pubsub_mw.realtime.http import Refusal, bearer, read_json
+from pubsub_mw.realtime.shared import Shared
 
 __all__ = ["DESCRIPTION", "answer_publish"]
 

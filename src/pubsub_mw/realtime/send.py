@@ -36,8 +36,8 @@ from pubsub_mw.model import (
     check_channel,
     check_subscribable,
 )
-from pubsub_mw.realtime.connection import Shared, grant_refused
 from pubsub_mw.realtime.http import Refusal, bearer, read_json, read_resume
+from pubsub_mw.realtime.shared import Shared, grant_refused
 
 __all__ = ["answer_frames"]
 

@@ -27,9 +27,10 @@ from pubsub_mw import protocol
 from pubsub_mw.errors import BrokerUnavailable, CloseCode, ErrorCode
 from pubsub_mw.grants import Resume
 from pubsub_mw.model import Handshake, channel_of_connection
-from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.cursor import Cursor
 from pubsub_mw.realtime.http import NO_STORE, Refusal, bearer, connect, read_query, read_resume, read_wanted, until_gone
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.realtime.socket import CLOSE_SECONDS, retry_after
 
 __all__ = ["refuse_events", "serve_events"]

@@ -19,8 +19,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pubsub_mw.errors import CloseCode, ErrorCode
 from pubsub_mw.model import Handshake
-from pubsub_mw.realtime.connection import Connection, Shared
+from pubsub_mw.realtime.connection import Connection
 from pubsub_mw.realtime.send_queue import SendQueue
+from pubsub_mw.realtime.shared import Shared
 from pubsub_mw.realtime.socket import CLOSE_SECONDS, farewell
 
 __all__ = ["deny", "serve_websocket", "take_over"]
