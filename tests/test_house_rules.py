@@ -18,10 +18,10 @@ from pubsub_mw.settings import Settings
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "pubsub_mw"
 
-# Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them. The
-# last 235 are for metrics: what counts, what tells it, and how one process tells of all; and a file more, `shared`.
+# Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them. Of all lines
+# 235 are for metrics (what counts, what tells it, how one process tells of all), 165 for sentinels.
 LONGEST_FILE_LINES = 350
-ALL_LINES = 10_935
+ALL_LINES = 11_100
 
 # Files that may be longer, each with what it would cost to cut it.
 LONGER: dict[str, str] = {

@@ -27,6 +27,7 @@ ORDER = [
     "broker/redis/__init__.py",
     "broker/redis/keyspace.py",
     "broker/redis/scripts.py",
+    "broker/redis/servers.py",
     "broker/redis/queue.py",
     "broker/redis/publisher.py",
     "broker/redis/subscriber.py",

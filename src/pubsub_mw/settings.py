@@ -29,7 +29,8 @@ class Settings:
     """Every setting. Build it with `Settings.build`, which also reads the environment.
 
     Attributes:
-        url: the broker: `memory://`, `redis://`, `rediss://` or `unix://`
+        url: the broker: `memory://`, `redis://`, `rediss://`, `unix://`, or
+            `redis+sentinel://host:26379,host:26379/master`
         secret: signs grants and resume tokens (any text; 32 bytes or more); None = made once and
             kept in the broker, with a warning
         grant_public_key: PEM text of an RSA, EC or Ed25519 key that verifies grants instead of
@@ -103,7 +104,7 @@ class Settings:
         drain: over which a stopping server spreads the closing of its connections
         broker_timeout: for the broker to answer the realtime server
         probe_interval: between the publications by which a realtime server proves to itself that
-            Redis delivers
+            Redis delivers; and between questions to the sentinels who is the master
         probe_timeout: without one coming back, after which the link is given up and made anew
         check_interval: between comparisons of each channel's position with the broker's
         resync_batch: channels whose history is read in one round trip

@@ -503,7 +503,7 @@ async def test_a_subscriber_is_up_while_it_runs_and_not_after(make: Make) -> Non
 
 
 @pytest.mark.parametrize(
-    "url", ["", "nowhere", "http://127.0.0.1", "redis+cluster://h:1", "redis+sentinel://h:1/m", "redis:/h", "Redis://h"]
+    "url", ["", "nowhere", "http://127.0.0.1", "redis+cluster://h:1", "redis+other://h:1", "redis:/h", "Redis://h"]
 )
 def test_a_url_that_names_no_broker_is_refused(url: str) -> None:
     settings = Settings.build(url, environ={})

@@ -16,7 +16,7 @@ from pubsub_mw.settings import Settings
 
 __all__ = ["current_stand_in", "expect_endpoint", "load_engine", "open_async_broker", "open_broker", "stand_in"]
 
-_REDIS_SCHEMES = ("redis", "rediss", "unix")
+_REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 
 
 def open_broker(settings: Settings) -> Broker:
@@ -68,9 +68,10 @@ def _scheme(settings: Settings) -> str:
     if scheme == "memory" or scheme in _REDIS_SCHEMES:
         return scheme
     if scheme.startswith("redis+"):
-        raise SettingsError(f"{scheme}:// is not there yet; use redis:// to one server")
+        raise SettingsError(f"{scheme}:// is not there yet; use redis:// to one server, or redis+sentinel://")
     raise SettingsError(
-        f"url {settings.safe_url!r} names no broker; use memory://, redis://host:6379/0, rediss:// or unix://"
+        f"url {settings.safe_url!r} names no broker; use memory://, redis://host:6379/0, rediss://, unix:// or "
+        "redis+sentinel://host:26379,host:26379/mymaster"
     )
 
 

@@ -53,9 +53,10 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             info = _parse(await broker.command("INFO"))
         except BrokerUnavailable as error:
             if not isinstance(error.__cause__, redis.exceptions.NoPermissionError):
-                yield Finding(
-                    Level.FAULT, str(error), "start Redis, or correct PUBSUB_URL (host, port, password, database)"
-                )
+                parts = "its sentinels, or correct PUBSUB_URL (their addresses, the master's name, sentinel_password)"
+                if "+sentinel://" not in settings.url:
+                    parts = "or correct PUBSUB_URL (host, port, password, database)"
+                yield Finding(Level.FAULT, str(error), f"start Redis, {parts}")
                 return
             yield Finding(
                 Level.WARNING,
@@ -69,6 +70,8 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             yield (role := _role(info))
             if role.level is Level.FAULT:
                 return
+            if broker.servers.master is not None:
+                yield _failover(info, *broker.servers.master)
         try:
             yield await _round_trip(broker, settings)
         except (BrokerUnavailable, TimeoutError) as error:
@@ -119,6 +122,17 @@ def _role(info: dict[str, str]) -> Finding:
     if info.get("role") == "master":
         return Finding(Level.OK, "it is a primary: it can be published to")
     return Finding(Level.FAULT, "it is a replica: publishing to it fails", "point PUBSUB_URL at the primary")
+
+
+def _failover(info: dict[str, str], host: str, port: int) -> Finding:
+    replicas = int(info.get("connected_slaves", "0"))
+    text = f"sentinels name {host}:{port} as the master; replicas: {replicas}"
+    if not replicas:
+        return Finding(Level.WARNING, f"{text}, so that none can take over", "start one, with replicaof")
+    if replicas > 1 and "min_slaves_good_slaves" not in info:  # which is there where min-replicas-to-write is set
+        text += "; one that is relieved or cut off takes publications for a while yet, which are lost"
+        return Finding(Level.WARNING, text, "CONFIG SET min-replicas-to-write 1, on every server")
+    return Finding(Level.OK, text)
 
 
 async def _round_trip(broker: AsyncRedisBroker, settings: Settings) -> Finding:

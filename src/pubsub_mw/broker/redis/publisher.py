@@ -10,7 +10,6 @@ redis-py's pools bound each step (wait, connect, write, read) but not their sum,
 deadline holds over all steps.
 """
 
-import functools
 import os
 import secrets
 import time
@@ -18,51 +17,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.connection import Connection, parse_url
-from redis.retry import Retry
 
 from pubsub_mw.broker.presence import PresenceCall
 from pubsub_mw.broker.redis.queue import RedisQueue
 from pubsub_mw.broker.redis.scripts import Call, Scripts, pack
-from pubsub_mw.errors import BrokerUnavailable, SettingsError
+from pubsub_mw.broker.redis.servers import NotMaster, SyncServers, at_once, left, refuse_replica
+from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, Draft, Position
 from pubsub_mw.settings import Settings
 
-__all__ = ["RedisBroker", "connection_factory"]
+__all__ = ["RedisBroker"]
 
 _MAX_IDLE = 64
 """Connections kept for later; more are in use when more threads publish at once."""
 
 
-def connection_factory(
-    settings: Settings, parse: Callable[[str], Any], default_class: Any, options: dict[str, Any]
-) -> Callable[[], Any]:
-    """Return what makes connections to the server that the url names, as `parse` reads it.
-
-    Raises:
-        SettingsError: the url is malformed, or has an option that no connection knows.
-    """
-    try:
-        arguments = dict(parse(settings.url))
-        # Replies are bytes whatever the url says; `driver_info` would cost two round trips per connection.
-        arguments |= {**options, "protocol": 2, "driver_info": None, "decode_responses": False}
-        factory = functools.partial(arguments.pop("connection_class", default_class), **arguments)
-        factory()
-    except (ValueError, TypeError) as error:
-        # Without the cause, whose text may show a part of the password.
-        wrong = "is malformed" if isinstance(error, ValueError) else "has an option that does not exist"
-        raise SettingsError(f"url {settings.safe_url!r} {wrong}; it may be redis://user:password@host:6379/0") from None
-    return factory
-
-
 class RedisBroker:
-    """`Broker` on one Redis server."""
+    """`Broker` on one Redis server, or on the master that its sentinels name."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._scripts = Scripts(settings)
-        self._new_connection = connection_factory(settings, parse_url, Connection, {"retry": Retry(NoBackoff(), 0)})
+        self._servers = SyncServers(settings)
         self._idle: list[Any] = []
         self._pid = os.getpid()
 
@@ -139,9 +115,10 @@ class RedisBroker:
                 sources = [call.by_source() for call in (calls[index] for index in unknown) if isinstance(call, Call)]
                 for index, reply in zip(unknown, self._exchange(connection, sources, deadline), strict=True):
                     replies[index] = reply
+            refuse_replica(replies)
         except BaseException as error:
             connection.disconnect()
-            if isinstance(error, redis.TimeoutError):
+            if isinstance(error, (redis.TimeoutError, NotMaster)):
                 self.close()  # the others went the same way, and may be as dead
             raise
         if len(self._idle) < _MAX_IDLE:
@@ -159,7 +136,7 @@ class RedisBroker:
         replies: list[Any] = []
         for _ in commands:
             try:
-                replies.append(connection.read_response(timeout=_left(deadline)))
+                replies.append(connection.read_response(timeout=left(deadline)))
             except redis.ResponseError as error:
                 replies.append(error)
         return replies
@@ -169,24 +146,16 @@ class RedisBroker:
         if self._pid != os.getpid():
             # Forked: the sockets are the parent's. Dropped here, never used and never shut down.
             self._idle, self._pid = [], os.getpid()
+        at_once(self._servers.refresh(deadline))
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._new_connection()
-        connection.socket_timeout = connection.socket_connect_timeout = _left(deadline)
-        try:
-            connection.connect()
-            if not connection.can_read(0):  # else: a stray reply
-                return connection
-        except (redis.ConnectionError, OSError):
-            pass  # closed while it was idle
-        connection.disconnect()
-        connection.connect()
-        return connection
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise redis.TimeoutError("no answer within publish_timeout")
-    return left
+            connection = None
+        if connection is not None:
+            try:
+                if self._servers.is_current(connection) and not connection.can_read(0):  # else: a stray reply
+                    return connection
+            except (redis.ConnectionError, OSError):
+                pass  # closed while it was idle
+            connection.disconnect()
+        return at_once(self._servers.connect(deadline))

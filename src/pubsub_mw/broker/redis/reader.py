@@ -19,7 +19,8 @@ from pubsub_mw.broker.interface import Acceptance, Accepted, Key, Listener, Offe
 from pubsub_mw.broker.presence import PresenceCall, Present
 from pubsub_mw.broker.redis.queue import GROUP
 from pubsub_mw.broker.redis.scripts import Call, Scripts, pack
-from pubsub_mw.broker.redis.subscriber import RedisSubscriber, new_connection
+from pubsub_mw.broker.redis.servers import AsyncServers, NotMaster, refuse_replica
+from pubsub_mw.broker.redis.subscriber import RedisSubscriber
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel, ConnectionId, Draft, HistoryPage, Position
 from pubsub_mw.settings import Settings
@@ -35,12 +36,16 @@ _REPORTS_PER_CALL = 500
 
 
 class AsyncRedisBroker:
-    """`AsyncBroker` on one Redis server, for one event loop."""
+    """`AsyncBroker` on one Redis server, or on the master that its sentinels name, for one event loop.
+
+    Attributes:
+        servers: where the url leads to
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._scripts = Scripts(settings)
-        new_connection(settings)  # a malformed url shows now
+        self.servers = AsyncServers(settings)
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(_MAX_CONNECTIONS)
         self._keeping: list[tuple[str, ...]] = []  # goes along with each probe
@@ -205,7 +210,7 @@ class AsyncRedisBroker:
 
     def subscriber(self, listener: Listener[Key]) -> RedisSubscriber[Key]:
         """Make the process's pub/sub link; the caller runs it."""
-        return RedisSubscriber(self._settings, listener, self.command)
+        return RedisSubscriber(self._settings, listener, self.servers, self.command)
 
     async def close(self) -> None:
         """Close the idle connections."""
@@ -227,12 +232,13 @@ class AsyncRedisBroker:
             raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reason}") from error
 
     async def _round_trip(self, calls: Sequence[Call | tuple[Any, ...]]) -> list[Any]:
-        connection = self._idle.pop() if self._idle else new_connection(self._settings)
+        await self.servers.refresh()
+        connection = self._idle.pop() if self._idle else await self.servers.connect()
         try:
-            if connection.is_connected and await connection.can_read():
+            is_fit = connection.is_connected and self.servers.is_current(connection)
+            if not is_fit or await connection.can_read():
                 await connection.disconnect(nowait=True)
-            if not connection.is_connected:
-                await connection.connect()  # type: ignore[no-untyped-call]
+                connection = await self.servers.connect()
             commands = [call.by_digest() if isinstance(call, Call) else call for call in calls]
             replies = await self._exchange(connection, commands)
             unknown = [
@@ -242,8 +248,11 @@ class AsyncRedisBroker:
                 sources = [call.by_source() for call in (calls[index] for index in unknown) if isinstance(call, Call)]
                 for index, reply in zip(unknown, await self._exchange(connection, sources), strict=True):
                     replies[index] = reply
-        except BaseException:
+            refuse_replica(replies)
+        except BaseException as error:
             await connection.disconnect(nowait=True)
+            if isinstance(error, NotMaster):
+                await self.close()  # the idle connections lead there, too
             raise
         self._idle.append(connection)
         return replies

@@ -26,20 +26,17 @@ from typing import Any, Generic, NoReturn, cast
 
 import hiredis
 import redis
-from redis.asyncio.connection import Connection, parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from pubsub_mw.broker.interface import Key, Listener
 from pubsub_mw.broker.presence import decode_notice
 from pubsub_mw.broker.redis.keyspace import Keyspace
-from pubsub_mw.broker.redis.publisher import connection_factory
 from pubsub_mw.broker.redis.scripts import pack
+from pubsub_mw.broker.redis.servers import AsyncServers
 from pubsub_mw.errors import BrokerUnavailable
 from pubsub_mw.model import Channel
 from pubsub_mw.settings import Settings
 
-__all__ = ["RedisSubscriber", "new_connection"]
+__all__ = ["RedisSubscriber"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -50,22 +47,6 @@ _NAMES_PER_COMMAND = 1_000
 
 _FEED_BYTES = 8_192
 """hiredis moves up all that it has left each time it has used a KB: of 256 KB at once, that is most of its work."""
-
-
-def new_connection(settings: Settings) -> Connection:
-    """Make a connection, not yet connected, that never reconnects or retries by itself.
-
-    Raises:
-        SettingsError: the url is malformed.
-    """
-    options = {
-        "retry": Retry(NoBackoff(), 0),
-        # On Python 3.11 redis-py's `wait_for` can swallow a cancellation; whoever uses the connection has a deadline.
-        "socket_timeout": None,
-        "socket_connect_timeout": min(settings.broker_timeout, settings.probe_timeout),
-    }
-    connection: Connection = connection_factory(settings, parse_url, Connection, options)()
-    return connection
 
 
 class _Link(asyncio.Protocol):
@@ -129,8 +110,15 @@ class _Link(asyncio.Protocol):
 class RedisSubscriber(Generic[Key]):
     """The link. `run` owns it; the other methods note what is wanted and wake its writer."""
 
-    def __init__(self, settings: Settings, listener: Listener[Key], command: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: Listener[Key],
+        servers: AsyncServers,
+        command: Callable[..., Awaitable[Any]],
+    ) -> None:
         self._settings = settings
+        self._servers = servers
         self._listener = listener
         self._command = command
         self._keyspace = Keyspace(settings.prefix)
@@ -178,11 +166,11 @@ class RedisSubscriber(Generic[Key]):
         """Keep the link, for ever."""
         attempt = 0
         while True:
-            connection = new_connection(self._settings)
+            connection = None
             try:
                 async with asyncio.timeout(self._settings.broker_timeout):
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                await self._serve(self._begin(connection))
+                    connection = await self._servers.connect()
+                await self._serve(self._begin(connection), connection)
             except (redis.RedisError, OSError, BrokerUnavailable) as problem:
                 if self.is_up:
                     attempt = 0  # not for a link that only stood: one that may not subscribe falls again at once
@@ -192,16 +180,17 @@ class RedisSubscriber(Generic[Key]):
                 log.warning("lost the pub/sub link to %s: %s; reconnecting", self._settings.safe_url, reason)
             finally:
                 self._end()
-                await connection.disconnect(nowait=True)
+                if connection is not None:
+                    await connection.disconnect(nowait=True)
             await asyncio.sleep(delay)
 
-    async def _serve(self, link: _Link) -> None:
+    async def _serve(self, link: _Link, connection: Any) -> None:
         """Run the link until a part of it fails, and raise what it failed with."""
         # Not a task group: until Python 3.13 one that is ending already swallows a cancellation from outside.
         parts: list[asyncio.Future[NoReturn]] = [
             link.ended,
             asyncio.create_task(self._write(link)),
-            asyncio.create_task(self._probe()),
+            asyncio.create_task(self._probe(connection)),
         ]
         try:
             await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
@@ -213,10 +202,9 @@ class RedisSubscriber(Generic[Key]):
             if isinstance(result, Exception):
                 raise result
 
-    def _begin(self, connection: Connection) -> _Link:
-        writer = connection._writer  # redis-py offers no other way to the socket that it connected
-        assert writer is not None
-        self._link = link = _Link(cast(asyncio.Transport, writer.transport), self._receive)
+    def _begin(self, connection: Any) -> _Link:
+        # redis-py offers no other way to the socket that it connected.
+        self._link = link = _Link(cast(asyncio.Transport, connection._writer.transport), self._receive)
         if self._is_paused:
             link.pause_reading()
         self._commands = [(b"SUBSCRIBE", name) for name in (self._probe_channel, *self._keys)]
@@ -289,7 +277,7 @@ class RedisSubscriber(Generic[Key]):
             return
         self._listener.on_notice(key, notice)
 
-    async def _probe(self) -> NoReturn:
+    async def _probe(self, connection: Any) -> NoReturn:
         loop = asyncio.get_running_loop()
         while True:
             next_at = loop.time() + self._settings.probe_interval
@@ -298,6 +286,8 @@ class RedisSubscriber(Generic[Key]):
                     await self._command("PUBLISH", self._probe_channel, b"")
             except (BrokerUnavailable, TimeoutError) as error:
                 log.debug("probe not sent: %s", error)
+            if not self._servers.is_current(connection):
+                raise BrokerUnavailable("another server is the master now")
             await asyncio.sleep(next_at - loop.time())
             silence = loop.time() - self._heard_at
             if silence > self._settings.probe_timeout and not self._is_paused:
