@@ -178,6 +178,10 @@ def test_settings_cannot_be_changed() -> None:
         ("unix://user:sesame@/run/redis.sock?db=1", "unix://user:***@/run/redis.sock?db=1"),
         ("unix:///run/redis.sock?db=1&password=sesame", "unix:///run/redis.sock?db=1&password=***"),
         ("redis://h/0?password=sesame&db=1", "redis://h/0?password=***&db=1"),
+        (
+            "redis+sentinel://u:sesame@h:1,i:2/m/0?sentinel_password=sesame",
+            "redis+sentinel://u:***@h:1,i:2/m/0?sentinel_password=***",
+        ),
     ],
 )
 def test_the_url_for_logs_hides_the_password_alone(url: str, shown: str) -> None:

@@ -15,6 +15,7 @@ import redis
 
 from tests.tools.clock import MS, eventually, eventually_async
 from tests.tools.raw_client import Frame, RawClient
+from tests.tools.redis_sentinel import RedisGroup
 from tests.tools.redis_server import RedisServer
 from tests.tools.servers import Processes, Served
 
@@ -609,6 +610,33 @@ async def test_a_redis_that_lost_everything_is_told_and_holds_nobody_up(
         assert (await answer(client, id))["status"] == 200
     assert [run["id"] for run in site.runs()] == ["1", "4", "5", "6"]
     assert all(len(frames_of(client, str(number))) == 1 for number in range(1, 7))
+
+
+async def test_requests_go_on_where_redis_failed_over(
+    processes: Processes, prefix: str, tmp_path: Path, raw_client: Connect
+) -> None:
+    with RedisGroup() as group:
+        old, new = group.servers
+        site = Site(processes, old, prefix, tmp_path)
+        site.env["PUBSUB_URL"] = group.url
+        worker, server = site.worker(), site.server()
+        await asyncio.to_thread(worker.wait_for_log, "takes requests", 10_000 * MS)
+        client = await raw_client(realtime(server))
+        await client.hello()
+        await send(client, "1", "/gate")
+        await in_line(client, "2")
+        await eventually_async(site.runs, 10_000 * MS)
+        await stored(site, 1)
+        await asyncio.to_thread(group.wait_for_replica)
+        old.kill()
+        await asyncio.to_thread(group.wait_for, new)
+        site.open_gate()  # the view ends with another Redis than it began with
+        assert (await answer(client, "1"))["status"] == 200
+        assert (await answer(client, "2"))["status"] == 200
+        await send(client, "3", "/run")
+        assert (await answer(client, "3"))["status"] == 200
+        assert [run["id"] for run in site.runs()] == ["1", "2", "3"]
+        assert all(len(frames_of(client, id)) == 1 for id in ("1", "2", "3"))  # noqa: A001
 
 
 # Apps that are async.

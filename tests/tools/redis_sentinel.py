@@ -92,8 +92,8 @@ class RedisGroup:
     """
 
     def __init__(self) -> None:
-        # By default a master waits five seconds for more replicas before it sends its data to the first.
-        options = ("--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+        # Without disk a master waits for more replicas first, and then a second before it sends what is new.
+        options = ("--repl-diskless-sync", "no")
         first = RedisServer(*options)
         self.servers = [first, RedisServer(*options, "--replicaof", "127.0.0.1", str(first.port))]
         self.sentinels = [SentinelServer(first.port) for _ in range(3)]
@@ -125,9 +125,21 @@ class RedisGroup:
         eventually(lambda: self.master is server, timeout, "no failover")
 
     def wait_for_replica(self) -> None:
-        """Wait until the other server follows the master, and has all of it."""
+        """Wait until the other server follows the master, and has all of it.
 
+        It says that it is connected up to a second before it is sent anything.
+        """
         eventually(lambda: is_following(self.other), 15_000 * MS, "it does not follow")
+
+        def has_all() -> bool:
+            with redis.Redis(port=self.master.port, single_connection_client=True) as client:
+                try:
+                    client.set("written", "to be waited for")
+                except redis.ResponseError:
+                    return False  # min-replicas-to-write
+                return bool(client.wait(1, round(1_000_000 * MS)))
+
+        eventually(has_all, 15_000 * MS, "it does not get what is written")
 
     def start(self) -> "RedisGroup":
         for server in self.servers:
@@ -141,6 +153,7 @@ class RedisGroup:
         eventually(lambda: all(sentinel.knows_all() for sentinel in self.sentinels))
         for sentinel in self.sentinels:
             sentinel.pace(_LEISURE)
+        self.wait_for_replica()
         return self
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlencode
 
 import redis
@@ -40,9 +40,8 @@ T = TypeVar("T")
 _SENTINEL_URL = re.compile(
     r"(rediss?)\+sentinel://([^/?#]*@)?([^/?#@]+)/([^/?#]+)(?:/([0-9]*))?(?:\?([^#]*))?"  # .../name/database?options
 )
-_SENTINEL_PORT = 26_379
 _SHARES_OF_PATIENCE = 10
-"""After a sentinel was silent for its share of the time, so many shares pass before the next one is asked again."""
+"""When all sentinels were silent, each for its share of the time, so many shares pass before one is asked again."""
 
 
 class NotMaster(redis.ConnectionError):
@@ -65,9 +64,9 @@ class Servers:
 
     def __init__(self, settings: Settings, library: Any, options: dict[str, Any]) -> None:
         self.master: tuple[str, int] | None = None
-        self._url = settings.safe_url
         self._interval = settings.probe_interval
         self._ask_at = 0.0
+        self._silent_count = 0
         url, self._name, sentinels = settings.url, "", list[str]()
         form = "redis://user:password@host:6379/0"
         try:
@@ -76,11 +75,11 @@ class Servers:
                 url, self._name, sentinels = _split(url)
             self._new_connection = _factory(library, url, {}, options)
             # Whom to ask first comes first.
-            self._sentinels = tuple(_factory(library, each, {"port": _SENTINEL_PORT}, options) for each in sentinels)
+            self._sentinels = tuple(_factory(library, each, {"port": 26_379}, options) for each in sentinels)
         except (ValueError, TypeError) as error:
             # Without the cause, whose text may show a part of the password.
             wrong = "is malformed" if isinstance(error, ValueError) else "has an option that does not exist"
-            raise SettingsError(f"url {self._url!r} {wrong}; it may be {form}") from None
+            raise SettingsError(f"url {settings.safe_url!r} {wrong}; it may be {form}") from None
         # One may be asked again, then all of them, and then it is the master's turn.
         self._share = min(settings.publish_timeout, settings.broker_timeout) / (len(self._sentinels) + 2)
 
@@ -96,8 +95,11 @@ class Servers:
         sentinel = self._sentinels[0]
         answer = await self._ask(sentinel, deadline)
         if isinstance(answer, str):
-            self._ask_at += _SHARES_OF_PATIENCE * self._share
+            self._silent_count += 1
+            if self._silent_count >= len(self._sentinels):
+                self._ask_at += _SHARES_OF_PATIENCE * self._share
         else:
+            self._silent_count = 0
             self._rank(sentinel, is_first=True)
             self.master = answer
 
@@ -133,7 +135,7 @@ class Servers:
                     self.master = address
                     return connection
         cure = "correct the url, start the sentinels, or wait for a failover"
-        raise BrokerUnavailable(f"{self._url} leads to no master {self._name!r}: {'; '.join(said.values())}; {cure}")
+        raise BrokerUnavailable(f"sentinels lead to no master {self._name!r}: {'; '.join(said.values())}; {cure}")
 
     async def _ask(self, sentinel: Callable[..., Any], deadline: float) -> tuple[str, int] | str:
         """Return the address that a sentinel names, or what is wrong with it."""
@@ -215,8 +217,7 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
     try:
         work.send(None)
     except StopIteration as end:
-        result: T = end.value
-        return result
+        return cast(T, end.value)
     raise RuntimeError("it waits for an event loop")
 
 
