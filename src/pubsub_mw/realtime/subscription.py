@@ -148,7 +148,7 @@ class Track:
             previous, position, end = header.split(b" ", 2)
         except ValueError:
             return b""
-        if previous != self._at or end != b" ":
+        if previous != self._at or end != b" " or not frame:
             return b""
         self._at, self._position, self._from_history = position, None, None
         return frame
