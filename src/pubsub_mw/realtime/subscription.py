@@ -143,12 +143,12 @@ class Track:
 
     def step(self, payload: bytes) -> bytes:
         """Advance over one that is exactly the next and for everybody, and return its frame; else b""."""
-        header, _, frame = payload.partition(b"\n")
+        header, newline, frame = payload.partition(b"\n")
         try:
             previous, position, end = header.split(b" ", 2)
         except ValueError:
             return b""
-        if previous != self._at or end != b" " or not frame:
+        if previous != self._at or end != b" " or not newline:
             return b""
         self._at, self._position, self._from_history = position, None, None
         return frame
