@@ -172,12 +172,13 @@ class TcpProxy:
         link.task = self._loop.create_task(self._serve(link))
 
     async def _drop_all(self) -> None:
-        tasks = [link.task for link in self._links if link.task]
+        links = {link for link in self._links if link.task}  # who comes while these end is not among them
+        tasks = [link.task for link in links if link.task]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        for link in [*self._links]:  # whose task was cancelled before it had begun
+        for link in links & self._links:  # whose task was cancelled before it had begun
             self._end(link, [link.client], is_orderly=False)
 
     async def _serve(self, link: _Link) -> None:
