@@ -202,6 +202,7 @@ async def test_the_client_is_served_and_can_be_cached(
             again = await http.get(path, headers={"if-none-match": known})
             assert (again.status_code, again.content) == (304, b"")
         assert (await http.get(path, headers={"if-none-match": '"other"'})).status_code == 200
+        assert (await http.post(path)).status_code == 405
 
 
 @pytest.mark.parametrize(

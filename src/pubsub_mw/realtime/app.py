@@ -78,6 +78,8 @@ class Realtime(Starlette):
         self._per_address: Counter[str] = Counter()
         self._metrics = Metrics()
         static = files("pubsub_mw").joinpath("static")
+        script = slim(static.joinpath("client.js").read_text()).encode()
+        types = static.joinpath("client.d.ts").read_bytes()
         super().__init__(
             routes=[
                 Route("/", _hint),
@@ -88,8 +90,8 @@ class Realtime(Starlette):
                 Route("/openapi.json", _describe),
                 Route("/poll", Endpoint(self.settings, "GET", self._poll)),
                 Route("/events", Endpoint(self.settings, "GET", self._events, refuse_events)),
-                Route("/client.js", Static(slim(static.joinpath("client.js").read_text()).encode(), "text/javascript")),
-                Route("/client.d.ts", Static(static.joinpath("client.d.ts").read_bytes(), "text/plain")),
+                Route("/client.js", Static(script, "text/javascript"), methods=["GET"]),
+                Route("/client.d.ts", Static(types, "text/plain"), methods=["GET"]),
             ],
             exception_handlers={404: _not_found},
             lifespan=self._lifespan,
