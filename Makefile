@@ -32,7 +32,7 @@ demo: $(DEMO_READY)
 	@exec $(BIN)/pubsub-mw demo $(ARGS)
 
 test: programs check
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check
