@@ -1,6 +1,7 @@
 """What RFC 6455 asks of a server, byte by byte, and what a socket on its transport costs and leaves behind."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ from websockets.frames import Close, Frame, Opcode
 
 from pubsub_mw.errors import CloseCode
 from pubsub_mw.publisher import AsyncPublisher
+from pubsub_mw.realtime.send_queue import websocket_frame
 from pubsub_mw.realtime.socket import USER_TIMEOUT_MS, Socket, Sockets
 from pubsub_mw.realtime.wheel import Wheel
 from pubsub_mw.settings import Settings
@@ -418,6 +420,36 @@ async def test_recovery_waits_for_what_is_held_too() -> None:
     (written,) = sink.written
     assert written.startswith(b"\x81\x05first")
     assert written.endswith(b"xx\x81\x04live")
+
+
+async def test_what_the_kernel_does_not_take_at_once_goes_out_behind_the_rest() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+    client = Socket(Sockets(Settings.build(environ={}, send_queue_bytes=1 << 26), Wheel()), transport, set())
+    texts = [b"%d," % number * (number * 7_919 % 20_000) for number in range(300)]
+    expected = b"".join(map(websocket_frame, texts))
+    got, times_full = bytearray(), 0
+    for number, text in enumerate(texts):
+        client.put_nowait(text)
+        times_full += not client._is_clear
+        if number % 3:
+            with contextlib.suppress(BlockingIOError):
+                got += theirs.recv(40_000)
+            await asyncio.sleep(0)
+    while len(got) < len(expected):
+        got += await loop.sock_recv(theirs, 1 << 20)
+    is_same = got == expected  # pytest would compare ten megabytes line by line
+    assert is_same
+    assert 30 < times_full < 300, times_full
+    client.put_nowait(b"{}")
+    assert client._is_clear, "nothing waits any more"
+    raw = client._raw
+    assert raw is not None
+    transport.abort()
+    await eventually_async(lambda: raw.fileno() == -1)
+    theirs.close()
 
 
 def test_frame_here_and_in_the_library_are_the_same() -> None:
