@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "pubsub_mw"
 # Lines of code: blank lines, comments and docstrings are not counted, so that nobody saves on them. Of all lines
 # 235 are for metrics (what counts, what tells it, how one process tells of all), 165 for sentinels.
 LONGEST_FILE_LINES = 350
-ALL_LINES = 11_100
+ALL_LINES = 11_120
 
 # Files that may be longer, each with what it would cost to cut it.
 LONGER: dict[str, str] = {
