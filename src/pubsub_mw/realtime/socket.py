@@ -6,7 +6,8 @@ Owns:   the closing handshake and its bound; what came of a frame that is not co
 Never:  has a task, a timer or a parser of its own while it is idle; reads a frame by rules of its own: they are those
         of `websockets`; waits for a client that does not read
 
-It is the send queue of its connection and has no queue: what is put goes to the transport, whose buffer is what waits.
+It is the send queue of its connection and has no queue: what is put goes to the kernel, and what that does not take, or
+comes behind it, to the transport, whose buffer is what waits. Over TLS all goes to the transport.
 Above `low_bytes` in it recovery waits; a live frame that would bring it above `limit_bytes` ends the connection with
 SLOW, whose last frames have `_CLOSE_SECONDS` to go out like all others. Then the kernel's buffer is given up too.
 
@@ -153,7 +154,7 @@ class Socket(SendQueue, asyncio.Protocol):
         # Out.
         self._raw = _raw_socket(transport)
         self._is_direct = True  # what is put goes to the transport
-        # Nothing is on its way there, so that the kernel can be given what is put: in a third of a microsecond less.
+        # Nothing waits there, so what is put can go to the kernel past it: a third of a microsecond less for each.
         self._is_clear = self._raw is not None and not transport.get_write_buffer_size()
         self._is_paused = False  # more than `low_bytes` are in the transport's buffer
         self._held: list[bytes] | None = None
