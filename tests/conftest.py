@@ -110,6 +110,15 @@ def redis_server() -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture(params=["memory", "redis"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn, Redis on the shared server."""
+    if request.param == "memory":
+        return "memory://"
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return server.url
+
+
 @pytest.fixture
 def own_redis() -> Iterator[RedisServer]:
     """A Redis that this test may kill, restart, pause, fill and flush."""

@@ -139,11 +139,22 @@ class PublishError(PubSubError):
 
 
 class GrantError(PubSubError):
-    """A grant or resume token is not valid: signature, algorithm or shape is wrong."""
+    """A grant or resume token is not valid: signature, algorithm or shape is wrong.
+
+    Attributes:
+        code: the `ErrorCode` to answer with
+        close_code: the `CloseCode` of a connection that began with it
+    """
+
+    code = ErrorCode.GRANT_INVALID
+    close_code = CloseCode.GRANT_INVALID
 
 
 class GrantExpired(GrantError):
     """A grant or resume token was valid once and is past its `exp`."""
+
+    code = ErrorCode.GRANT_EXPIRED
+    close_code = CloseCode.GRANT_EXPIRED
 
 
 class FrameError(PubSubError):

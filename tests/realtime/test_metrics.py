@@ -91,14 +91,6 @@ def site_app(environ: dict[str, object], start_response: Callable[..., object]) 
     return [b"done"]
 
 
-@pytest.fixture(params=["memory", "redis"])
-def url(request: pytest.FixtureRequest) -> str:
-    if request.param == "memory":
-        return "memory://"
-    server: RedisServer = request.getfixturevalue("redis_server")
-    return server.url
-
-
 @pytest.fixture
 async def servers() -> AsyncIterator[Servers]:
     async with Servers() as servers:

@@ -98,14 +98,6 @@ class Running:
 Run = Callable[..., Running]
 
 
-@pytest.fixture(params=["memory", "redis"])
-def url(request: pytest.FixtureRequest) -> str:
-    if request.param == "memory":
-        return "memory://"
-    server: RedisServer = request.getfixturevalue("redis_server")
-    return server.url
-
-
 @pytest.fixture
 def run(url: str, prefix: str) -> Iterator[Run]:
     """Run a worker on `app`; it ends with the test, which fails if the worker does not end by itself."""

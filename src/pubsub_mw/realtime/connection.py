@@ -31,7 +31,6 @@ from pubsub_mw.errors import (
     ErrorCode,
     FrameError,
     GrantError,
-    GrantExpired,
 )
 from pubsub_mw.grants import Resume, sign_resume, verify_resume
 from pubsub_mw.model import (
@@ -301,8 +300,7 @@ class Connection:
         try:
             grant, resume = self._shared.verifier.admit(command.grant, resume, now=time.time())
         except GrantError as error:
-            code = CloseCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else CloseCode.GRANT_INVALID
-            self.send_queue.close(code, str(error))
+            self.send_queue.close(error.close_code, str(error))
             return
         self._grant, self._token = grant, resume
         if not await self._is_admitted():

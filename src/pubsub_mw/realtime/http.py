@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from pubsub_mw import protocol
-from pubsub_mw.errors import CloseCode, ErrorCode, FrameError, GrantError, GrantExpired
+from pubsub_mw.errors import CloseCode, ErrorCode, FrameError, GrantError
 from pubsub_mw.grants import Resume, verify_resume
 from pubsub_mw.model import Handshake
 from pubsub_mw.realtime.connection import Connection
@@ -195,8 +195,7 @@ def read_resume(shared: Shared, token: str | None, use: str = "resume") -> Resum
     try:
         return verify_resume(shared.secret, token, now=time.time(), use=use)
     except GrantError as error:
-        code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
-        raise Refusal(401, code, f"{error}; connect anew") from error
+        raise Refusal(401, error.code, f"{error}; connect anew") from error
 
 
 async def until_gone(receive: Receive) -> None:

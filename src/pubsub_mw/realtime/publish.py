@@ -22,7 +22,6 @@ from pubsub_mw.errors import (
     ChannelError,
     ErrorCode,
     GrantError,
-    GrantExpired,
     PublicationTooLarge,
     PublishError,
 )
@@ -63,8 +62,7 @@ async def _read_grant(shared: Shared, token: str | None) -> Grant:
     try:
         grant = shared.verifier.verify(token, now=time.time())
     except GrantError as error:
-        code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
-        raise Refusal(401, code, str(error)) from error
+        raise Refusal(401, error.code, str(error)) from error
     if grant.user is not None:
         try:
             (revoked,) = await shared.broker.revoked([f"user:{grant.user}"])

@@ -37,7 +37,7 @@ from pubsub_mw.model import (
     check_subscribable,
 )
 from pubsub_mw.realtime.http import Refusal, bearer, read_json, read_resume
-from pubsub_mw.realtime.shared import Shared, grant_refused
+from pubsub_mw.realtime.shared import Shared
 
 __all__ = ["answer_frames"]
 
@@ -179,7 +179,7 @@ class _Sender:
         try:
             grant, before = shared.verifier.admit(command.grant, before, now=now)
         except GrantError as error:
-            raise grant_refused(error) from error
+            raise FrameError(error.code, str(error)) from error
         new = Resume(connection=ConnectionId(secrets.token_urlsafe(16)), grant=grant, user_position=None, issued_at=now)
         self._resume = new if before is None else dataclasses.replace(before, grant=grant)
         await self.look_up()

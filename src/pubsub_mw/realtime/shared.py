@@ -19,7 +19,6 @@ from pubsub_mw.errors import (
     ErrorCode,
     FrameError,
     GrantError,
-    GrantExpired,
     PublicationTooLarge,
     PublishError,
 )
@@ -36,7 +35,7 @@ from pubsub_mw.realtime.socket import Sockets
 from pubsub_mw.realtime.wheel import Wheel
 from pubsub_mw.settings import Settings
 
-__all__ = ["EXPIRED", "FORBIDDEN", "Shared", "grant_refused"]
+__all__ = ["EXPIRED", "FORBIDDEN", "Shared"]
 
 log = logging.getLogger("pubsub_mw")
 
@@ -87,7 +86,7 @@ class Shared:
         try:
             return self.verifier.verify(token, now=time.time())
         except GrantError as error:
-            raise grant_refused(error) from error
+            raise FrameError(error.code, str(error)) from error
 
     async def publish(self, grant: Grant | None, command: protocol.Publish) -> None:
         """Publish what a client sent straight to a channel.
@@ -116,9 +115,3 @@ class Shared:
         except PublishError as error:
             log.warning("a client's publication was not stored: %s", error)
             raise refused(ErrorCode.UNAVAILABLE, "it may not have been stored; try again in a few seconds") from error
-
-
-def grant_refused(error: GrantError) -> FrameError:
-    """Say as an error frame that a grant is not good."""
-    code = ErrorCode.GRANT_EXPIRED if isinstance(error, GrantExpired) else ErrorCode.GRANT_INVALID
-    return FrameError(code, str(error))

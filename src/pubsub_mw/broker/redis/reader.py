@@ -57,7 +57,7 @@ class AsyncRedisBroker:
         )
         for reply in replies:
             if isinstance(reply, redis.RedisError):
-                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+                raise self._fault(reply) from reply
         return Scripts.positions_from(replies)
 
     async def read(
@@ -72,7 +72,7 @@ class AsyncRedisBroker:
 
     def _page(self, reply: Any, since: int | None) -> HistoryPage | Exception:
         if isinstance(reply, redis.RedisError):
-            return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}")
+            return self._fault(reply)
         try:
             return Scripts.page_from(reply, since)
         except BrokerUnavailable as error:
@@ -89,7 +89,7 @@ class AsyncRedisBroker:
             lambda _: [("SET", key, secrets.token_hex(32), "NX"), ("GET", key)], self._settings.broker_timeout
         )
         if not isinstance(secret, bytes):
-            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {secret}")
+            raise self._fault(secret)
         self._keeping = [("SET", key, secret.decode(), "NX")]
         return secret.decode()
 
@@ -101,7 +101,7 @@ class AsyncRedisBroker:
         )
         for reply in replies:
             if isinstance(reply, redis.RedisError):
-                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+                raise self._fault(reply) from reply
 
     async def revoked(self, identities: Sequence[str]) -> list[dict[str, float]]:
         """Return what was revoked; see `AsyncBroker.revoked`."""
@@ -109,7 +109,7 @@ class AsyncRedisBroker:
         replies = await self._run(lambda _: calls, self._settings.broker_timeout)
         for reply in replies:
             if isinstance(reply, redis.RedisError):
-                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+                raise self._fault(reply) from reply
         return [
             {subject.decode(): float(at) for subject, at in zip(reply[::2], reply[1::2], strict=True)}
             for reply in replies
@@ -137,7 +137,7 @@ class AsyncRedisBroker:
     def _accepted(self, reply: Any, position: Any) -> Accepted | Exception:
         for item in (reply, position):
             if isinstance(item, redis.RedisError):
-                return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {item}")
+                return self._fault(item)
         try:
             return Accepted(Acceptance(reply), Scripts.position_from(position) if position else None)
         except BrokerUnavailable as error:
@@ -160,10 +160,10 @@ class AsyncRedisBroker:
             reported, _ = await self._call(self._scripts.server_lease(server, lease, _REPORTS_PER_CALL))
         return not lapsed
 
-    async def _call(self, call: Call) -> Any:
+    async def _call(self, call: Call | tuple[Any, ...]) -> Any:
         (reply,) = await self._run(lambda _: [call], self._settings.broker_timeout)
         if isinstance(reply, redis.RedisError):
-            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+            raise self._fault(reply) from reply
         return reply
 
     async def cancel(self, connection: ConnectionId, request_id: str) -> bool:
@@ -181,17 +181,22 @@ class AsyncRedisBroker:
         replies = await self._run(lambda _: calls, self._settings.broker_timeout)
         for reply in replies:
             if isinstance(reply, redis.RedisError) and "NOGROUP" not in str(reply):  # there was no worker yet
-                raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
+                raise self._fault(reply) from reply
         size, waits, pending = replies
         running = pending[0] if isinstance(pending, list) else 0
         return {"ready": max(0, size - running), "running": running, "waiting": waits}
 
     async def command(self, *arguments: str | bytes) -> Any:
-        """Run one command and return its reply. Usually not what you want: for the probe and for diagnosis."""
-        reply, *_ = await self._run(lambda _: [arguments, *self._keeping], self._settings.broker_timeout)
-        if isinstance(reply, redis.RedisError):
-            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}") from reply
-        return reply
+        """Run one command and return its reply. Usually not what you want: it is for diagnosis."""
+        return await self._call(arguments)
+
+    async def _probe(self, channel: bytes) -> None:
+        """Publish what the link has to hear, and put back what Redis may have lost."""
+        published, *_ = await self._run(
+            lambda _: [("PUBLISH", channel, b""), *self._keeping], self._settings.broker_timeout
+        )
+        if isinstance(published, redis.RedisError):
+            raise self._fault(published) from published
 
     async def presence(self, calls: Sequence[PresenceCall]) -> list[Present | Exception]:
         """Change who is on several channels in one round trip; see `AsyncBroker.presence`."""
@@ -202,7 +207,7 @@ class AsyncRedisBroker:
 
     def _present(self, reply: Any) -> Present | Exception:
         if isinstance(reply, redis.RedisError):
-            return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reply}")
+            return self._fault(reply)
         try:
             return Scripts.present_from(reply)
         except ValueError as error:
@@ -210,7 +215,10 @@ class AsyncRedisBroker:
 
     def subscriber(self, listener: Listener[Key]) -> RedisSubscriber[Key]:
         """Make the process's pub/sub link; the caller runs it."""
-        return RedisSubscriber(self._settings, listener, self.servers, self.command)
+        return RedisSubscriber(self._settings, listener, self.servers, self._probe)
+
+    def _fault(self, said: object) -> BrokerUnavailable:
+        return BrokerUnavailable(f"Redis at {self._settings.safe_url}: {said}")
 
     async def close(self) -> None:
         """Close the idle connections."""
@@ -229,7 +237,7 @@ class AsyncRedisBroker:
             if isinstance(error, (redis.TimeoutError, TimeoutError)):
                 await self.close()  # the idle connections went the same way, and may be as dead
             reason = str(error) or f"no answer within {seconds:g} s"
-            raise BrokerUnavailable(f"Redis at {self._settings.safe_url}: {reason}") from error
+            raise self._fault(reason) from error
 
     async def _round_trip(self, calls: Sequence[Call | tuple[Any, ...]]) -> list[Any]:
         await self.servers.refresh()

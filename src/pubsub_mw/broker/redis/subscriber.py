@@ -115,12 +115,12 @@ class RedisSubscriber(Generic[Key]):
         settings: Settings,
         listener: Listener[Key],
         servers: AsyncServers,
-        command: Callable[..., Awaitable[Any]],
+        probe: Callable[[bytes], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._servers = servers
         self._listener = listener
-        self._command = command
+        self._send_probe = probe
         self._keyspace = Keyspace(settings.prefix)
         self._probe_channel = self._keyspace.probe(secrets.token_hex(8)).encode()
         self._keys: dict[bytes, Key] = {}  # by the name of the pub/sub channel
@@ -283,7 +283,7 @@ class RedisSubscriber(Generic[Key]):
             next_at = loop.time() + self._settings.probe_interval
             try:
                 async with asyncio.timeout_at(next_at):
-                    await self._command("PUBLISH", self._probe_channel, b"")
+                    await self._send_probe(self._probe_channel)
             except (BrokerUnavailable, TimeoutError) as error:
                 log.debug("probe not sent: %s", error)
             if not self._servers.is_current(connection):
